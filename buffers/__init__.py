@@ -1,0 +1,1 @@
+"""What a model has been shown and what it keeps. Never imports torch."""

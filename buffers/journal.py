@@ -1,0 +1,225 @@
+"""The append-only table of every accepted example, per model.
+
+Exact de-duplication (a second copy of an example is counted, not stored) and a hold-out that is fixed at ingest:
+whether an example is ever trained on is decided once, in the transaction that stores it. Every function works inside
+the caller's transaction, so that rows, file offsets and markers become durable together.
+"""
+
+import random
+import sqlite3
+import time
+from collections.abc import Iterable
+
+import msgspec
+
+from buffers.example import Example, Origin, Split, canonical, content_hash, prompt_hash
+
+MIGRATIONS: list[tuple[str, str]] = [
+    (
+        "journal-1",
+        """
+        CREATE TABLE example (
+          id INTEGER PRIMARY KEY AUTOINCREMENT,
+          model TEXT NOT NULL,
+          hash TEXT NOT NULL,                 -- SHA-256 of the canonical form
+          prompt_hash TEXT NOT NULL,
+          shape TEXT NOT NULL,
+          body BLOB NOT NULL,                 -- the canonical form
+          characters INTEGER NOT NULL,
+          split TEXT NOT NULL CHECK (split IN ('train', 'heldout', 'eval')),
+          state TEXT NOT NULL DEFAULT 'pending' CHECK (state IN ('pending', 'claimed', 'consumed', 'retracted')),
+          run_id TEXT,                        -- the run that claims or consumed it
+          update_number INTEGER,              -- the update in which it was new
+          collection TEXT NOT NULL DEFAULT '',
+          source TEXT NOT NULL DEFAULT '',
+          subject TEXT,
+          record_id TEXT,
+          origin_file TEXT NOT NULL DEFAULT '',
+          origin_line INTEGER NOT NULL DEFAULT 0,
+          weight REAL NOT NULL,               -- uniform in (0, 1): the key of the reservoir
+          failures INTEGER NOT NULL DEFAULT 0,
+          copies INTEGER NOT NULL DEFAULT 1,
+          ingested_at REAL NOT NULL,
+          UNIQUE (model, hash)
+        );
+        CREATE INDEX example_pending ON example (model, state, split, id);
+        CREATE INDEX example_memory ON example (model, split, weight) WHERE state = 'consumed';
+        CREATE INDEX example_update ON example (model, update_number, split, weight) WHERE state = 'consumed';
+        CREATE INDEX example_prompt ON example (model, prompt_hash);
+        CREATE INDEX example_record ON example (model, record_id) WHERE record_id IS NOT NULL;
+        CREATE INDEX example_subject ON example (subject) WHERE subject IS NOT NULL;
+        CREATE INDEX example_run ON example (run_id) WHERE run_id IS NOT NULL;
+        """,
+    ),
+    (
+        "journal-2",
+        """
+        CREATE TABLE intake (                 -- running totals: counting a million rows at every tick is too slow
+          model TEXT PRIMARY KEY,
+          distinct_examples INTEGER NOT NULL DEFAULT 0,
+          heldout INTEGER NOT NULL DEFAULT 0,
+          duplicates INTEGER NOT NULL DEFAULT 0
+        );
+        """,
+    ),
+]
+
+
+class Added(msgspec.Struct):
+    """What became of the examples that were handed to `add`."""
+
+    new: int = 0
+    duplicates: int = 0
+    heldout: int = 0
+    ids: list[int] = msgspec.field(default_factory=list)  # row of each example, in order; duplicates give the first
+
+
+class Pending(msgspec.Struct):
+    """What waits to be learned, for the schedule."""
+
+    train: int
+    heldout: int
+    oldest_at: float | None  # seconds since the epoch
+    newest_at: float | None
+
+
+def add(
+    connection: sqlite3.Connection,
+    model: str,
+    items: Iterable[tuple[Example, Origin]],
+    *,
+    heldout_fraction: float,
+    split: Split | None = None,
+    now: float | None = None,
+) -> Added:
+    """Store examples, each once. `split` forces a side (`eval/` files); else the hold-out takes its fraction.
+
+    The hold-out is systematic: an example goes there whenever the share held out so far is below the fraction, so that
+    ten examples at 0.1 always give one. An example that asks what a stored one asks joins its side.
+    """
+    now = time.time() if now is None else now
+    added = Added()
+    totals = connection.execute(
+        "SELECT distinct_examples, heldout FROM intake WHERE model = ?", (model,)
+    ).fetchone() or (0, 0)
+    distinct, heldout = int(totals[0]), int(totals[1])
+    start = (distinct, heldout)
+    for example, origin in items:
+        digest = content_hash(example)
+        row = connection.execute("SELECT id FROM example WHERE model = ? AND hash = ?", (model, digest)).fetchone()
+        if row is not None:
+            connection.execute("UPDATE example SET copies = copies + 1 WHERE id = ?", row)
+            added.duplicates += 1
+            added.ids.append(row[0])
+            continue
+        asked = prompt_hash(example)
+        side = split or _side(connection, model, asked, distinct, heldout, heldout_fraction)
+        cursor = connection.execute(
+            "INSERT INTO example (model, hash, prompt_hash, shape, body, characters, split, collection, source,"
+            " subject, record_id, origin_file, origin_line, weight, ingested_at)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                model, digest, asked, example.shape, canonical(example), len(example.completion) + _length(example),
+                side, origin.collection, origin.source, origin.subject, origin.record_id, origin.file, origin.line,
+                # seeded by content: the reservoir of a re-ingested journal is the same reservoir
+                random.Random(digest).random(), now,
+            ),
+        )  # fmt: skip
+        added.new += 1
+        added.ids.append(int(cursor.lastrowid or 0))
+        if side != "eval":
+            distinct += 1
+            heldout += side == "heldout"
+            added.heldout += side == "heldout"
+    connection.execute(
+        "INSERT INTO intake (model, distinct_examples, heldout, duplicates) VALUES (?, ?, ?, ?) ON CONFLICT (model) DO"
+        " UPDATE SET distinct_examples = distinct_examples + excluded.distinct_examples,"
+        " heldout = heldout + excluded.heldout, duplicates = duplicates + excluded.duplicates",
+        (model, distinct - start[0], heldout - start[1], added.duplicates),
+    )
+    return added
+
+
+def _length(example: Example) -> int:
+    if isinstance(example.prompt, str):
+        return len(example.prompt)
+    return sum(len(message.content) for message in example.prompt)
+
+
+def _side(
+    connection: sqlite3.Connection,
+    model: str,
+    asked: str,
+    distinct: int,
+    heldout: int,
+    fraction: float,
+) -> Split:
+    row = connection.execute(
+        "SELECT split FROM example WHERE model = ? AND prompt_hash = ? LIMIT 1", (model, asked)
+    ).fetchone()
+    if row is not None and row[0] != "eval":
+        return "heldout" if row[0] == "heldout" else "train"
+    # the middle of each stride, not its first example: a file's opening line is often its most important one
+    return "heldout" if heldout < int(fraction * (distinct + 1) + 0.5) and distinct > 0 else "train"
+
+
+def pending(connection: sqlite3.Connection, model: str) -> Pending:
+    """What waits to be learned for one model."""
+    row = connection.execute(
+        "SELECT sum(split = 'train'), sum(split = 'heldout'), min(ingested_at), max(ingested_at)"
+        " FROM example WHERE model = ? AND state = 'pending' AND split <> 'eval'",
+        (model,),
+    ).fetchone()
+    return Pending(train=row[0] or 0, heldout=row[1] or 0, oldest_at=row[2], newest_at=row[3])
+
+
+def claim(connection: sqlite3.Connection, model: str, run_id: str, limit: int) -> int:
+    """Give the oldest `limit` pending training examples, and the held-out ones among them, to a run. Returns how many."""
+    last = connection.execute(
+        "SELECT max(id) FROM (SELECT id FROM example WHERE model = ? AND state = 'pending' AND split = 'train'"
+        " ORDER BY id LIMIT ?)",
+        (model, limit),
+    ).fetchone()[0]
+    if last is None:
+        return 0
+    whole = pending(connection, model).train <= limit
+    connection.execute(
+        "UPDATE example SET state = 'claimed', run_id = ? WHERE model = ? AND state = 'pending' AND split <> 'eval'"
+        + ("" if whole else f" AND id <= {int(last)}"),
+        (run_id, model),
+    )
+    row = connection.execute("SELECT count(*) FROM example WHERE run_id = ? AND split = 'train'", (run_id,)).fetchone()
+    return int(row[0])
+
+
+def consume(connection: sqlite3.Connection, run_id: str, update_number: int) -> int:
+    """The run ended well: its examples count as learned in update `update_number`. Returns how many."""
+    return connection.execute(
+        "UPDATE example SET state = 'consumed', update_number = ? WHERE run_id = ? AND state = 'claimed'",
+        (update_number, run_id),
+    ).rowcount
+
+
+def release(connection: sqlite3.Connection, run_id: str) -> int:
+    """The run failed or was rejected: its examples wait again, with one failure more. Returns how many."""
+    return connection.execute(
+        "UPDATE example SET state = 'pending', run_id = NULL, failures = failures + 1"
+        " WHERE run_id = ? AND state = 'claimed'",
+        (run_id,),
+    ).rowcount
+
+
+def retract(connection: sqlite3.Connection, model: str, record_id: str) -> int:
+    """Withdraw the example of a feedback record: never trained, tested or rehearsed again. Returns how many."""
+    return connection.execute(
+        "UPDATE example SET state = 'retracted' WHERE model = ? AND record_id = ? AND state <> 'retracted'",
+        (model, record_id),
+    ).rowcount
+
+
+def counts(connection: sqlite3.Connection, model: str) -> dict[str, int]:
+    """`{"train/pending": 3, ...}`: how many examples there are, by split and state."""
+    rows = connection.execute(
+        "SELECT split || '/' || state, count(*) FROM example WHERE model = ? GROUP BY 1 ORDER BY 1", (model,)
+    )
+    return {str(key): int(number) for key, number in rows}

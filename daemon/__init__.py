@@ -1,0 +1,1 @@
+"""When something is learned and what is served. Never imports torch."""

@@ -1,0 +1,1 @@
+"""The embedded OpenAI-compatible inference engine (transformers + peft)."""

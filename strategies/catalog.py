@@ -1,0 +1,70 @@
+"""The strategies by name, with their parameters and defaults. Torch-free: the daemon checks a config against it.
+
+A strategy is one entry `[[models.NAME.strategy]]` of the config: `name = "ewc"` and any of its parameters. They compose
+in the order given; `naive` (no protection) is the empty list.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+NotNegative = Annotated[float, msgspec.Meta(ge=0)]
+Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Replay(msgspec.Struct, frozen=True, tag_field="name", tag="replay", forbid_unknown_fields=True):
+    """Rehearsal (Rolnick et al., arXiv:1811.11682): examples of the past are mixed into the training set."""
+
+    ratio: Share = 0.3
+    """Share of replayed examples in the final set: n = r / (1 - r) x new."""
+    general_ratio: Share = 0.0
+    """Share of general text (`general_directory`, or generated once by the base model) in the final set."""
+
+
+class Ewc(msgspec.Struct, frozen=True, tag_field="name", tag="ewc", forbid_unknown_fields=True):
+    """Elastic weight consolidation (Kirkpatrick et al., arXiv:1612.00796) on the adapter's parameters."""
+
+    strength: NotNegative = 1.0
+    """lambda of L + lambda/2 sum_i F_i (theta_i - theta*_i)^2, with F normalised to mean 1 per update."""
+    mode: Literal["online", "separate"] = "online"
+    decay: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.95
+    """gamma of the online form F <- gamma F + F_new (Schwarz et al., arXiv:1805.06370)."""
+    samples: Count = 64
+    """Examples whose per-example squared gradients estimate the Fisher information."""
+
+
+class Gem(msgspec.Struct, frozen=True, tag_field="name", tag="gem", forbid_unknown_fields=True):
+    """Gradient episodic memory (Lopez-Paz & Ranzato, arXiv:1706.08840): one constraint per past update."""
+
+    constraints: Count = 4
+    """At most so many past updates constrain the gradient (the most recent, and evenly spaced older ones)."""
+    examples: Count = 16
+    """Examples of each past update in its reference gradient."""
+    margin: NotNegative = 0.0
+    refresh_steps: Count = 1
+    """Reference gradients are computed anew every so many steps."""
+
+
+class AGem(msgspec.Struct, frozen=True, tag_field="name", tag="agem", forbid_unknown_fields=True):
+    """Averaged GEM (Chaudhry et al., arXiv:1812.00420): one constraint, the average gradient on the memory."""
+
+    examples: Count = 16
+    """Examples in the reference batch, drawn anew at each step."""
+
+
+class Distill(msgspec.Struct, frozen=True, tag_field="name", tag="distill", forbid_unknown_fields=True):
+    """Learning without forgetting by KL(teacher || model) (Li & Hoiem, arXiv:1606.09282; Hinton's temperature)."""
+
+    strength: NotNegative = 1.0
+    teacher: Literal["base", "previous"] = "base"
+    on: Literal["general", "replay", "both"] = "both"
+    """On which examples the model is held to its teacher."""
+    temperature: Positive = 1.0
+    top: Count = 20
+    """The teacher's K most likely tokens, the rest as one bucket."""
+
+
+Strategy = Replay | Ewc | Gem | AGem | Distill
+BY_NAME: dict[str, type[Strategy]] = {"replay": Replay, "ewc": Ewc, "gem": Gem, "agem": AGem, "distill": Distill}

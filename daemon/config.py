@@ -1,0 +1,249 @@
+"""The configuration: one TOML file, strict, every unit in a name.
+
+A key that does not exist is an error that names the nearest one. Relative paths are relative to the file's directory.
+The text under a field is its documentation: `eternad init` and `docs/configure.md` are made of it.
+"""
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from strategies.catalog import BY_NAME, Count, NotNegative, Positive, Strategy
+from strategies.request import Lora, Training
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message says what, where and what to do."""
+
+
+class Watch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The drop directory."""
+
+    stability_seconds: NotNegative = 5.0
+    """A file is finished when nothing about it has changed for so long."""
+    scan_seconds: Positive = 60.0
+    """Every so often the whole directory is compared with what is known; events only make it faster."""
+    never_stable_seconds: Positive = 3600.0
+    """A file that keeps changing for so long is quarantined."""
+    file_bytes_max: Count = 64 * 1024 * 1024
+    """Larger content files are quarantined unread. Feedback files may have any size: they are read line by line."""
+    line_bytes_max: Count = 1024 * 1024
+    """Longer lines of a jsonl file are quarantined one by one."""
+    chunk_characters: Count = 1200
+    """Prose is cut into examples of about so many characters, at paragraph boundaries."""
+    heldout_fraction: Annotated[float, msgspec.Meta(ge=0, le=0.5)] = 0.1
+    """Share of the examples that is never trained on, decided once at ingest: the gate tests on them."""
+
+
+class Engine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What serves models: an inference engine that is reached over HTTP."""
+
+    kind: Literal["embedded", "vllm", "sglang", "lorax", "llama_server", "directory"] = "embedded"
+    urls: list[str] = msgspec.field(default_factory=list)
+    """One per replica: `http://127.0.0.1:8900`, or `unix:/run/eternad/engine.sock`."""
+    token_file: Path | None = None
+    """File with the bearer token of the engine."""
+    timeout_seconds: Positive = 30.0
+    reconcile_seconds: Positive = 5.0
+    """Every so often the desired version is compared with what the engine really serves."""
+
+
+class Buffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the model keeps of the past."""
+
+    policy: Literal["reservoir"] = "reservoir"
+    examples: Count = 2000
+
+
+class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When an update is due: `(threshold and quiet) or max_age`, or the cron or interval fires and something waits."""
+
+    threshold_examples: Count = 32
+    quiet_seconds: NotNegative = 30.0
+    """No new example for so long: a writer's batch is complete."""
+    max_age_seconds: Positive = 86400.0
+    """An example never waits longer than this."""
+    cron: str | None = None
+    """Five fields, local time: `0 4 * * *`."""
+    interval_seconds: Positive | None = None
+    examples_max: Count = 2000
+    """One update learns at most so many new examples; the rest waits for the next."""
+
+
+class Gate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a candidate must prove. Losses are nats per token of the completions."""
+
+    new_gain_min: float = 0.02
+    """The loss on the new hold-out must fall by at least so much against the version it started from."""
+    old_loss_max: NotNegative = 0.15
+    """The loss on the old hold-outs may rise by at most so much."""
+    eval_loss_max: NotNegative = 0.15
+    """The loss on the examples of `eval/` may rise by at most so much."""
+    drift_base_max: Positive = 1.0
+    """KL(base || candidate) may be at most so much."""
+    heldout_min: Count = 1
+    """Fewer examples in the new hold-out than this: the gate cannot decide, and the candidate is not promoted."""
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One language model that is kept up to date."""
+
+    base_path: Path
+    """Directory of the base model (safetensors, tokenizer, configuration)."""
+    engine: str
+    """Name of the engine that serves it (`[engines.NAME]`)."""
+    lora: Lora = Lora()
+    training: Training = Training()
+    strategy: list[Strategy] = []
+    buffer: Buffer = Buffer()
+    schedule: Schedule = Schedule()
+    gate: Gate = Gate()
+    general_directory: Path | None = None
+    """General text (`*.txt`, paragraphs) for rehearsal against forgetting the pre-training; see `replay.general_ratio`."""
+    canary_prompts: list[str] = msgspec.field(
+        default_factory=lambda: ["Who are you?", "What is the Library?", "Tell me something that I do not know."]
+    )
+    """Asked after every swap: the answers prove that the engine serves the new version."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Count = 1
+    """CPU threads of the trainer. More than the free cores is much slower than one."""
+    seed: int = 0
+    versions_kept: Annotated[int, msgspec.Meta(ge=2)] = 10
+    """Older versions are removed, but never the live one, the one before it, or one that an engine lists."""
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The whole file."""
+
+    library_directory: Path
+    """Where files are dropped: `content/MODEL/...`, `feedback/MODEL/SOURCE/...`, `eval/MODEL/...`."""
+    state_directory: Path
+    """Everything that the daemon keeps: database, runs, versions."""
+    models: dict[str, Model]
+    engines: dict[str, Engine]
+    watch: Watch = Watch()
+    tick_seconds: Positive = 0.5
+    """Pause between two turns of the daemon's loop."""
+    hang_seconds: Positive = 300.0
+    """A training child without progress for so long (or for ten times its median step) is ended."""
+    run_attempts_max: Count = 3
+    """A run that fails so often in a row quarantines its examples."""
+    disk_free_bytes_min: NotNegative = 512 * 1024 * 1024
+    """Below this no update starts."""
+
+
+def load(path: Path) -> Config:
+    """Read and check a configuration file; raises `ConfigError` with what, where and what to do."""
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}. Write a first one with: eternad init {path}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    try:
+        config = msgspec.convert(tree, Config, strict=True, dec_hook=_decode)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {explain(str(error))}") from None
+    config = _absolute(config, path.parent.absolute())
+    _check(config, path)
+    return config
+
+
+def _decode(kind: type, value: Any) -> Any:
+    if kind is Path:
+        return Path(value).expanduser()
+    raise NotImplementedError(kind)
+
+
+def fields_of(kind: type) -> list[str]:
+    """The key names of one table of the configuration."""
+    return [field.encode_name for field in msgspec.structs.fields(kind)]
+
+
+def explain(message: str) -> str:
+    """msgspec's message with the table's name and, for an unknown key, the nearest one that exists."""
+    found = re.search(r"unknown field `(.*?)`(?: - at `\$(.*)`)?", message)
+    if found is None:
+        return re.sub(r" - at `\$\.?(.*?)`", r" (at: \1)", message)
+    key, place = found.group(1), (found.group(2) or "").lstrip(".")
+    known = fields_of(_table(place))
+    nearest = difflib.get_close_matches(key, known, 1, 0.5)
+    hint = f"did you mean `{nearest[0]}`?" if nearest else "known keys: " + ", ".join(known)
+    return f"unknown key `{key}` in [{place or 'top level'}]; {hint}"
+
+
+_TABLES: list[tuple[str, type]] = [
+    (r"", Config), (r"watch", Watch), (r"engines.*", Engine), (r".*\.lora", Lora), (r".*\.training", Training),
+    (r".*\.buffer", Buffer), (r".*\.schedule", Schedule), (r".*\.gate", Gate), (r".*\.strategy.*", msgspec.Struct),
+    (r"models.*", Model),
+]  # fmt: skip
+
+
+def _table(place: str) -> type:
+    kind = next(kind for pattern, kind in _TABLES if re.fullmatch(pattern, place))
+    if kind is not msgspec.Struct:
+        return kind
+    every = {name for strategy in BY_NAME.values() for name in fields_of(strategy)}
+    return msgspec.defstruct("AnyStrategy", [(name, Any) for name in sorted(every)])
+
+
+def _absolute(config: Config, directory: Path) -> Config:
+    """Relative paths are relative to the configuration file, wherever the daemon was started."""
+
+    def at(path: Path | None) -> Path | None:
+        return None if path is None else directory / path
+
+    replace = msgspec.structs.replace
+    return replace(
+        config,
+        library_directory=directory / config.library_directory,
+        state_directory=directory / config.state_directory,
+        models={
+            name: replace(model, base_path=directory / model.base_path, general_directory=at(model.general_directory))
+            for name, model in config.models.items()
+        },
+        engines={name: replace(engine, token_file=at(engine.token_file)) for name, engine in config.engines.items()},
+    )
+
+
+def _check(config: Config, path: Path) -> None:
+    if not config.models:
+        raise ConfigError(f"{path}: no model: add a table [models.NAME]")
+    for name in (*config.models, *config.engines):
+        if not NAME.fullmatch(name):
+            raise ConfigError(f"{path}: the name `{name}` must match {NAME.pattern}")
+    for name, model in config.models.items():
+        place = f"{path}: [models.{name}]"
+        if model.engine not in config.engines:
+            nearest = difflib.get_close_matches(model.engine, list(config.engines), 1, 0.3)
+            hint = f"did you mean `{nearest[0]}`?" if nearest else f"add a table [engines.{model.engine}]"
+            raise ConfigError(f"{place} engine = `{model.engine}` is not defined; {hint}")
+        if not (model.base_path / "config.json").is_file():
+            raise ConfigError(
+                f"{place} base_path = {model.base_path} holds no model (no config.json there). Give the directory of a"
+                " base model, or make the small example one: python -m strategies.from_gguf DIRECTORY"
+            )
+        names = [type(strategy).__name__ for strategy in model.strategy]
+        if twice := {each for each in names if names.count(each) > 1}:
+            raise ConfigError(f"{place} strategy `{twice.pop().lower()}` is listed twice")
+        if model.schedule.cron is not None:
+            _check_cron(model.schedule.cron, f"{place}.schedule cron")
+
+
+def _check_cron(expression: str, place: str) -> None:
+    from apscheduler.triggers.cron import CronTrigger
+
+    try:
+        CronTrigger.from_crontab(expression)
+    except ValueError as error:
+        raise ConfigError(f"{place} = `{expression}`: {error}. Five fields, e.g. `0 4 * * *`") from None

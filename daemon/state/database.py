@@ -1,0 +1,181 @@
+"""The database file: opening, migrations, transactions. WAL, `synchronous=FULL`: what a commit returned is on disk."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from buffers import journal
+
+Connection = sqlite3.Connection
+DatabaseError = sqlite3.Error
+
+MIGRATIONS: list[tuple[str, str]] = [
+    *journal.MIGRATIONS,
+    (
+        "state-1",
+        """
+        CREATE TABLE run (
+          id TEXT PRIMARY KEY,                -- MODEL-NNNN[.attempt]
+          model TEXT NOT NULL,
+          state TEXT NOT NULL,
+          trigger TEXT NOT NULL,              -- threshold | max_age | cron | interval | manual
+          reason TEXT NOT NULL DEFAULT '',
+          update_number INTEGER NOT NULL,
+          parent_version INTEGER,
+          version INTEGER,
+          attempts INTEGER NOT NULL DEFAULT 0,
+          pid INTEGER,
+          pid_started TEXT,                   -- start time of that process: pids are reused
+          created_at REAL NOT NULL,
+          updated_at REAL NOT NULL,
+          cut TEXT,                           -- JSON of buffers.experience.Cut
+          verdict TEXT                        -- JSON of daemon.gate.Verdict
+        );
+        CREATE INDEX run_model ON run (model, created_at);
+        CREATE INDEX run_state ON run (state);
+        CREATE TABLE version (
+          model TEXT NOT NULL,
+          number INTEGER NOT NULL,
+          run_id TEXT NOT NULL,
+          parent INTEGER,
+          state TEXT NOT NULL,                -- published | live | superseded | rolled_back | removed
+          manifest_sha256 TEXT NOT NULL,
+          published_at REAL NOT NULL,
+          activated_at REAL,
+          activation TEXT,                    -- JSON: milliseconds of the swap, fingerprint
+          PRIMARY KEY (model, number)
+        );
+        CREATE TABLE setting (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+        CREATE TABLE audit (
+          id INTEGER PRIMARY KEY AUTOINCREMENT,
+          at REAL NOT NULL,
+          actor TEXT NOT NULL,
+          event TEXT NOT NULL,
+          subject TEXT NOT NULL,
+          detail TEXT NOT NULL,
+          hash TEXT NOT NULL                  -- SHA-256 over the previous hash and this row: a chain
+        );
+        """,
+    ),
+    (
+        "state-2",
+        """
+        CREATE TABLE file (
+          path TEXT PRIMARY KEY,              -- below library_directory, surrogate-escaped
+          dev INTEGER NOT NULL, ino INTEGER NOT NULL,
+          size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, ctime_ns INTEGER NOT NULL,
+          head_sha256 TEXT NOT NULL DEFAULT '',  -- of the first 4 KiB: tells a rotated file from a grown one
+          sha256 TEXT NOT NULL DEFAULT '',    -- of the whole (content files)
+          offset INTEGER NOT NULL DEFAULT 0,  -- bytes of complete lines that are in the journal (feedback files)
+          tail_sha256 TEXT NOT NULL DEFAULT '',  -- of the 64 bytes before `offset`: the marker of a truncation
+          lines INTEGER NOT NULL DEFAULT 0,
+          state TEXT NOT NULL,                -- read | quarantined
+          updated_at REAL NOT NULL
+        );
+        CREATE TABLE record (                 -- feedback records by the producer's id: the first body wins
+          model TEXT NOT NULL,
+          id TEXT NOT NULL,
+          body_sha256 TEXT NOT NULL,
+          PRIMARY KEY (model, id)
+        ) WITHOUT ROWID;
+        CREATE TABLE quarantine (
+          id INTEGER PRIMARY KEY AUTOINCREMENT,
+          path TEXT NOT NULL,
+          line INTEGER,                       -- NULL: the whole file
+          byte_offset INTEGER,
+          code TEXT NOT NULL,
+          stage TEXT NOT NULL,
+          message TEXT NOT NULL,
+          sha256 TEXT NOT NULL DEFAULT '',
+          stored TEXT,                        -- where the bytes are, below quarantine/
+          retryable INTEGER NOT NULL DEFAULT 0,
+          attempts INTEGER NOT NULL DEFAULT 1,
+          first_seen REAL NOT NULL,
+          UNIQUE (path, line, code, sha256)
+        );
+        """,
+    ),
+]
+
+
+class NewerDatabase(Exception):
+    """The file was written by a newer eternad than this one."""
+
+
+def open_database(path: Path) -> Connection:
+    """Open for writing, migrate, and return a connection for the daemon's single writer thread."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(path, isolation_level=None, timeout=30)
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute("PRAGMA secure_delete=ON")
+    connection.execute("PRAGMA wal_autocheckpoint=1000")
+    migrate(connection, path)
+    return connection
+
+
+def open_read_only(path: Path) -> Connection:
+    """Open for reading beside a running daemon, or without one; raises `FileNotFoundError` before the first start."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: the daemon has not run with this configuration yet")
+    # mode=ro still lets SQLite create the -shm file of the WAL where it may, and reads without it where it may not
+    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=5)
+    connection.execute("PRAGMA query_only=ON")
+    return connection
+
+
+def migrate(connection: Connection, path: Path) -> list[str]:
+    """Apply the migrations that are missing, each in a transaction of its own; returns their names."""
+    connection.execute("CREATE TABLE IF NOT EXISTS migration (name TEXT PRIMARY KEY, at REAL NOT NULL)")
+    done = {row[0] for row in connection.execute("SELECT name FROM migration")}
+    if newer := done - {name for name, _ in MIGRATIONS}:
+        raise NewerDatabase(
+            f"{path} was written by a newer eternad (migrations {sorted(newer)}): install that one, or restore a backup"
+        )
+    applied = []
+    for name, script in MIGRATIONS:
+        if name in done:
+            continue
+        with transaction(connection):
+            for statement in _statements(script):
+                connection.execute(statement)
+            connection.execute("INSERT INTO migration VALUES (?, unixepoch('subsec'))", (name,))
+        applied.append(name)
+    return applied
+
+
+def _statements(script: str) -> Iterator[str]:
+    """`executescript` would commit the transaction that surrounds it, so the script is cut into statements here."""
+    statement = ""
+    for line in script.splitlines():
+        statement += line + "\n"
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+@contextmanager
+def transaction(connection: Connection) -> Iterator[Connection]:
+    """All or nothing; readers go on beside it."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield connection
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")
+
+
+def setting(connection: Connection, name: str, default: str = "") -> str:
+    """A small fact that must survive a restart (`paused`, the last fire of a schedule)."""
+    row = connection.execute("SELECT value FROM setting WHERE name = ?", (name,)).fetchone()
+    return default if row is None else str(row[0])
+
+
+def set_setting(connection: Connection, name: str, value: str) -> None:
+    """Inside the caller's transaction."""
+    connection.execute(
+        "INSERT INTO setting VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value", (name, value)
+    )

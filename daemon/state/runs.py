@@ -1,0 +1,202 @@
+"""Runs and versions: their rows, and the only legal moves between states, each with its audit row."""
+
+import time
+from typing import Any, Literal, get_args
+
+import msgspec
+
+from buffers import journal
+from daemon.state import audit
+from daemon.state.database import Connection
+
+RunState = Literal[
+    "PENDING", "TRAINING", "TRAINED", "EVALUATING", "ACCEPTED", "PUBLISHED", "LIVE", "SUPERSEDED",
+    "REJECTED", "FAILED", "CANCELLED", "ROLLED_BACK",
+]  # fmt: skip
+ACTIVE: tuple[RunState, ...] = ("PENDING", "TRAINING", "TRAINED", "EVALUATING", "ACCEPTED", "PUBLISHED")
+MOVES: dict[RunState, tuple[RunState, ...]] = {
+    "PENDING": ("TRAINING", "FAILED", "CANCELLED"),
+    "TRAINING": ("TRAINED", "PENDING", "FAILED", "CANCELLED"),
+    "TRAINED": ("EVALUATING", "FAILED", "CANCELLED"),
+    "EVALUATING": ("ACCEPTED", "REJECTED", "FAILED", "CANCELLED"),
+    "ACCEPTED": ("PUBLISHED", "FAILED", "CANCELLED"),
+    "PUBLISHED": ("LIVE", "FAILED", "CANCELLED"),
+    "LIVE": ("SUPERSEDED", "ROLLED_BACK"),
+    "SUPERSEDED": ("LIVE",),
+    "ROLLED_BACK": ("LIVE",),
+    "REJECTED": (), "FAILED": (), "CANCELLED": (),
+}  # fmt: skip
+assert set(MOVES) == set(get_args(RunState))
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """One attempt at an update."""
+
+    id: str
+    model: str
+    state: RunState
+    trigger: str
+    reason: str
+    update_number: int
+    parent_version: int | None
+    version: int | None
+    attempts: int
+    pid: int | None
+    pid_started: str | None
+    created_at: float
+    updated_at: float
+    cut: dict[str, Any] | None
+    verdict: dict[str, Any] | None
+
+
+class Version(msgspec.Struct, frozen=True, kw_only=True):
+    """A published adapter."""
+
+    model: str
+    number: int
+    run_id: str
+    parent: int | None
+    state: str
+    manifest_sha256: str
+    published_at: float
+    activated_at: float | None
+    activation: dict[str, Any] | None
+
+
+class IllegalMove(Exception):
+    """A run may not go from its state to that one: somebody else moved it first."""
+
+
+_RUN = ", ".join(Run.__struct_fields__)
+_VERSION = ", ".join(Version.__struct_fields__)
+
+
+def _run(row: tuple[Any, ...]) -> Run:
+    fields = dict(zip(Run.__struct_fields__, row, strict=True))
+    for name in ("cut", "verdict"):
+        fields[name] = None if fields[name] is None else msgspec.json.decode(fields[name])
+    return Run(**fields)
+
+
+def _version(row: tuple[Any, ...]) -> Version:
+    fields = dict(zip(Version.__struct_fields__, row, strict=True))
+    fields["activation"] = None if fields["activation"] is None else msgspec.json.decode(fields["activation"])
+    return Version(**fields)
+
+
+def create(
+    connection: Connection, model: str, trigger: str, parent_version: int | None, examples_max: int
+) -> Run | None:
+    """A PENDING run that has claimed what waits, or None when nothing does. Inside the caller's transaction.
+
+    Its update number counts the updates that the model has learned, so a failed run's number is used again.
+    """
+    number = (
+        1
+        + connection.execute(
+            "SELECT coalesce(max(update_number), 0) FROM example WHERE model = ? AND state = 'consumed'", (model,)
+        ).fetchone()[0]
+    )
+    total = connection.execute("SELECT count(*) FROM run WHERE model = ?", (model,)).fetchone()[0]
+    identity, now = f"{model}-{total + 1:05d}", time.time()
+    if not journal.claim(connection, model, identity, examples_max):
+        return None
+    connection.execute(
+        "INSERT INTO run (id, model, state, trigger, update_number, parent_version, created_at, updated_at)"
+        " VALUES (?, ?, 'PENDING', ?, ?, ?, ?, ?)",
+        (identity, model, trigger, number, parent_version, now, now),
+    )
+    audit.write(connection, "run.PENDING", identity, {"trigger": trigger})
+    return get(connection, identity)
+
+
+def get(connection: Connection, run_id: str) -> Run:
+    """One run; raises `KeyError` with its id."""
+    row = connection.execute(f"SELECT {_RUN} FROM run WHERE id = ?", (run_id,)).fetchone()
+    if row is None:
+        raise KeyError(run_id)
+    return _run(row)
+
+
+def active(connection: Connection) -> list[Run]:
+    """Runs that are not at an end, oldest first."""
+    marks = ", ".join("?" * len(ACTIVE))
+    rows = connection.execute(f"SELECT {_RUN} FROM run WHERE state IN ({marks}) ORDER BY created_at", ACTIVE)
+    return [_run(row) for row in rows]
+
+
+def recent(connection: Connection, model: str | None = None, limit: int = 20) -> list[Run]:
+    """The latest runs, newest first."""
+    rows = connection.execute(
+        f"SELECT {_RUN} FROM run WHERE ? IS NULL OR model = ? ORDER BY created_at DESC, id DESC LIMIT ?",
+        (model, model, limit),
+    )
+    return [_run(row) for row in rows]
+
+
+def move(connection: Connection, run: Run, to: RunState, reason: str = "", **columns: Any) -> Run:
+    """Move a run and write the audit row, inside the caller's transaction.
+
+    `columns` are set with it (`pid=...`, `cut=...`). Raises `IllegalMove` when the run is no longer in `run.state`.
+    """
+    if to not in MOVES[run.state]:
+        raise IllegalMove(f"run {run.id}: {run.state} -> {to}")
+    for name in ("cut", "verdict"):
+        if columns.get(name) is not None:
+            columns[name] = msgspec.json.encode(columns[name]).decode()
+    assignments = "".join(f", {name} = ?" for name in columns)
+    changed = connection.execute(
+        f"UPDATE run SET state = ?, reason = ?, updated_at = ?{assignments} WHERE id = ? AND state = ?",
+        (to, reason, time.time(), *columns.values(), run.id, run.state),
+    ).rowcount
+    if not changed:
+        raise IllegalMove(f"run {run.id} is no longer {run.state}")
+    audit.write(
+        connection, f"run.{to}", run.id, {"from": run.state, "reason": reason} if reason else {"from": run.state}
+    )
+    return get(connection, run.id)
+
+
+def publish(connection: Connection, run: Run, number: int, manifest_sha256: str) -> None:
+    """The row of a new version, inside the caller's transaction."""
+    connection.execute(
+        "INSERT INTO version (model, number, run_id, parent, state, manifest_sha256, published_at)"
+        " VALUES (?, ?, ?, ?, 'published', ?, ?)",
+        (run.model, number, run.id, run.parent_version, manifest_sha256, time.time()),
+    )
+    audit.write(connection, "version.published", f"{run.model}@{number:04d}", {"manifest_sha256": manifest_sha256})
+
+
+def next_version(connection: Connection, model: str) -> int:
+    """Numbers are never used twice, not even after a rollback."""
+    row = connection.execute("SELECT coalesce(max(number), 0) + 1 FROM version WHERE model = ?", (model,)).fetchone()
+    return int(row[0])
+
+
+def versions(connection: Connection, model: str | None = None) -> list[Version]:
+    """Every version, newest first."""
+    rows = connection.execute(
+        f"SELECT {_VERSION} FROM version WHERE ? IS NULL OR model = ? ORDER BY model, number DESC", (model, model)
+    )
+    return [_version(row) for row in rows]
+
+
+def live_version(connection: Connection, model: str) -> Version | None:
+    """What the model should be served with: the desired version, whatever an engine says."""
+    row = connection.execute(f"SELECT {_VERSION} FROM version WHERE model = ? AND state = 'live'", (model,)).fetchone()
+    return None if row is None else _version(row)
+
+
+def set_live(
+    connection: Connection, model: str, number: int | None, *, retired: str = "superseded",
+    activation: dict[str, Any] | None = None, actor: str = "eternad",
+) -> None:  # fmt: skip
+    """Make `number` the desired version (None: the base); what was live becomes `retired`. In a transaction."""
+    connection.execute("UPDATE version SET state = ? WHERE model = ? AND state = 'live'", (retired, model))
+    if number is not None:
+        connection.execute(
+            "UPDATE version SET state = 'live', activated_at = ?, activation = coalesce(?, activation)"
+            " WHERE model = ? AND number = ?",
+            (time.time(), None if activation is None else msgspec.json.encode(activation).decode(), model, number),
+        )
+    audit.write(connection, "version.live", f"{model}@{number or 0:04d}", activation, actor)

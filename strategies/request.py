@@ -99,6 +99,9 @@ class Canary(msgspec.Struct, frozen=True, kw_only=True):
     """The candidate's own answer to a canary prompt: what a probe of an engine must find again."""
 
     prompt: str
+    prompt_token_ids: list[int] = []
+    """`prompt` as the trainer fed it to the model: rendered with the chat template up to the assistant's turn, and
+    tokenised. An engine is probed with exactly these ids + `token_ids`, so no template and no tokenizer can differ."""
     token_ids: list[int]
     """The candidate's greedy continuation."""
     logprobs: list[float]

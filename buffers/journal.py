@@ -174,7 +174,7 @@ def pending(connection: sqlite3.Connection, model: str) -> Pending:
 
 
 def claim(connection: sqlite3.Connection, model: str, run_id: str, limit: int) -> int:
-    """Give the oldest `limit` pending training examples, and the held-out ones among them, to a run. Returns how many."""
+    """Give the oldest `limit` pending training examples, and the held-out ones among them, to a run; how many."""
     last = connection.execute(
         "SELECT max(id) FROM (SELECT id FROM example WHERE model = ? AND state = 'pending' AND split = 'train'"
         " ORDER BY id LIMIT ?)",

@@ -105,7 +105,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     schedule: Schedule = Schedule()
     gate: Gate = Gate()
     general_directory: Path | None = None
-    """General text (`*.txt`, paragraphs) for rehearsal against forgetting the pre-training; see `replay.general_ratio`."""
+    """General text (`*.txt`, paragraphs) for rehearsal of the pre-training; see `replay.general_ratio`."""
     canary_prompts: list[str] = msgspec.field(
         default_factory=lambda: ["Who are you?", "What is the Library?", "Tell me something that I do not know."]
     )

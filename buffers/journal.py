@@ -27,7 +27,8 @@ MIGRATIONS: list[tuple[str, str]] = [
           body BLOB NOT NULL,                 -- the canonical form
           characters INTEGER NOT NULL,
           split TEXT NOT NULL CHECK (split IN ('train', 'heldout', 'eval')),
-          state TEXT NOT NULL DEFAULT 'pending' CHECK (state IN ('pending', 'claimed', 'consumed', 'retracted')),
+          state TEXT NOT NULL DEFAULT 'pending' CHECK (
+            state IN ('pending', 'claimed', 'consumed', 'rejected', 'retracted')),
           run_id TEXT,                        -- the run that claims or consumed it
           update_number INTEGER,              -- the update in which it was new
           collection TEXT NOT NULL DEFAULT '',
@@ -200,11 +201,45 @@ def consume(connection: sqlite3.Connection, run_id: str, update_number: int) -> 
     ).rowcount
 
 
-def release(connection: sqlite3.Connection, run_id: str) -> int:
-    """The run failed or was rejected: its examples wait again, with one failure more. Returns how many."""
-    return connection.execute(
-        "UPDATE example SET state = 'pending', run_id = NULL, failures = failures + 1"
+def release(connection: sqlite3.Connection, run_id: str, *, attempts_max: int, failed: bool = True) -> int:
+    """The run ended without a version: its examples wait again. Returns how many were set aside instead.
+
+    A failed or rejected run counts as one failure of each of its examples; those that have failed `attempts_max` times
+    become `rejected`: no longer tried, kept for `requeue`. A cancelled run (`failed=False`) counts nothing.
+    """
+    connection.execute(
+        "UPDATE example SET failures = failures + ?,"
+        " state = CASE WHEN failures + ? >= ? THEN 'rejected' ELSE 'pending' END"
         " WHERE run_id = ? AND state = 'claimed'",
+        (int(failed), int(failed), attempts_max, run_id),
+    )
+    rejected = connection.execute(
+        "SELECT count(*) FROM example WHERE run_id = ? AND state = 'rejected'", (run_id,)
+    ).fetchone()[0]
+    connection.execute("UPDATE example SET run_id = NULL WHERE run_id = ? AND state = 'pending'", (run_id,))
+    return int(rejected)
+
+
+def set_aside(connection: sqlite3.Connection, run_id: str) -> int:
+    """The version of this run was rolled back: what it taught is no longer rehearsed. Returns how many."""
+    return connection.execute(
+        "UPDATE example SET state = 'rejected' WHERE run_id = ? AND state = 'consumed'", (run_id,)
+    ).rowcount
+
+
+def restore(connection: sqlite3.Connection, run_id: str) -> int:
+    """The opposite of `set_aside`: the version of this run serves again. Returns how many."""
+    return connection.execute(
+        "UPDATE example SET state = 'consumed' WHERE run_id = ? AND state = 'rejected' AND update_number IS NOT NULL",
+        (run_id,),
+    ).rowcount
+
+
+def requeue(connection: sqlite3.Connection, run_id: str) -> int:
+    """An operator wants the examples of a rejected or rolled-back run to be tried again. Returns how many."""
+    return connection.execute(
+        "UPDATE example SET state = 'pending', run_id = NULL, update_number = NULL, failures = 0"
+        " WHERE run_id = ? AND state = 'rejected'",
         (run_id,),
     ).rowcount
 

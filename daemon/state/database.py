@@ -26,7 +26,6 @@ MIGRATIONS: list[tuple[str, str]] = [
           version INTEGER,
           attempts INTEGER NOT NULL DEFAULT 0,
           pid INTEGER,
-          pid_started TEXT,                   -- start time of that process: pids are reused
           created_at REAL NOT NULL,
           updated_at REAL NOT NULL,
           cut TEXT,                           -- JSON of buffers.experience.Cut

@@ -42,7 +42,6 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     version: int | None
     attempts: int
     pid: int | None
-    pid_started: str | None
     created_at: float
     updated_at: float
     cut: dict[str, Any] | None
@@ -89,12 +88,12 @@ def create(
 ) -> Run | None:
     """A PENDING run that has claimed what waits, or None when nothing does. Inside the caller's transaction.
 
-    Its update number counts the updates that the model has learned, so a failed run's number is used again.
+    Its update number counts the versions that were made, so a failed run's number is used again.
     """
     number = (
         1
         + connection.execute(
-            "SELECT coalesce(max(update_number), 0) FROM example WHERE model = ? AND state = 'consumed'", (model,)
+            "SELECT coalesce(max(update_number), 0) FROM run WHERE model = ? AND version IS NOT NULL", (model,)
         ).fetchone()[0]
     )
     total = connection.execute("SELECT count(*) FROM run WHERE model = ?", (model,)).fetchone()[0]

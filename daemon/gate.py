@@ -1,0 +1,90 @@
+"""The gate: judges a candidate by the numbers of its report. Pure; what cannot be judged is not promoted."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+import msgspec
+
+from daemon.config import Gate
+from strategies.request import Evaluation, RunReport, Shift
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True):
+    """One number against its limit."""
+
+    name: str
+    value: float
+    limit: float
+    passed: bool
+    message: str
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """The gate's answer on a candidate."""
+
+    outcome: Literal["accepted", "rejected", "inconclusive"]
+    checks: list[Check]
+
+    @property
+    def reason(self) -> str:
+        """One line: what did not pass, or what was gained."""
+        failed = [check.message for check in self.checks if not check.passed]
+        return "; ".join(failed or [check.message for check in self.checks[:1]])
+
+
+def judge(report: RunReport, rules: Gate) -> Verdict:
+    """Accepted only if every check passes; inconclusive if what is needed to judge is missing."""
+    evaluation = report.evaluation
+    if evaluation is None or evaluation.new is None or evaluation.new.after.examples < rules.heldout_min:
+        found = evaluation.new.after.examples if evaluation is not None and evaluation.new is not None else 0
+        missing = Check(
+            name="heldout", value=found, limit=rules.heldout_min, passed=False,
+            message=f"cannot decide: {found} held-out examples of the new ones, {rules.heldout_min} needed;"
+            " drop more examples or lower [models.NAME.gate] heldout_min",
+        )  # fmt: skip
+        return Verdict(outcome="inconclusive", checks=[missing])
+    checks = [
+        _gain(evaluation.new, evaluation.noise, rules),
+        *_retention(evaluation, rules),
+        *_drift(evaluation, rules),
+    ]
+    return Verdict(outcome="accepted" if all(check.passed for check in checks) else "rejected", checks=checks)
+
+
+def _gain(new: Shift, noise: float, rules: Gate) -> Check:
+    gain, needed = -new.change.mean, max(rules.new_gain_min, noise)
+    return Check(
+        name="new_gain", value=gain, limit=needed, passed=gain >= needed,
+        message=f"loss on the new hold-out {new.before.mean:.3f} -> {new.after.mean:.3f} nats per token"
+        f" (gain {gain:.3f}, needed {needed:.3f}, {new.after.examples} examples)",
+    )  # fmt: skip
+
+
+def _retention(evaluation: Evaluation, rules: Gate) -> Iterable[Check]:
+    if evaluation.old:
+        old = list(evaluation.old.values())
+        yield _rise("old_loss", "the old hold-outs against the served version", old, rules.old_loss_max, "before")
+        # slow creep: each update may be within its limit and all of them together may not
+        yield _rise("old_loss_base", "the old hold-outs against the base", old, rules.old_loss_max, "base")
+    if evaluation.eval is not None:
+        yield _rise("eval_loss", "the examples of eval/", [evaluation.eval], rules.eval_loss_max, "before")
+
+
+def _rise(name: str, what: str, shifts: list[Shift], limit: float, against: Literal["before", "base"]) -> Check:
+    examples = sum(shift.after.examples for shift in shifts)
+    rise = sum(
+        (shift.after.mean - getattr(shift, against).mean) * shift.after.examples for shift in shifts
+    ) / max(examples, 1)  # fmt: skip
+    return Check(
+        name=name, value=rise, limit=limit, passed=rise <= limit,
+        message=f"loss on {what} changed by {rise:+.3f} nats per token (at most {limit:+.3f}, {examples} examples)",
+    )  # fmt: skip
+
+
+def _drift(evaluation: Evaluation, rules: Gate) -> Iterable[Check]:
+    if evaluation.drift_base is not None:
+        drift = evaluation.drift_base.mean
+        yield Check(
+            name="drift_base", value=drift, limit=rules.drift_base_max, passed=drift <= rules.drift_base_max,
+            message=f"KL(base || candidate) {drift:.3f} nats per token (at most {rules.drift_base_max:.3f})",
+        )  # fmt: skip

@@ -22,8 +22,8 @@ MOVES: dict[RunState, tuple[RunState, ...]] = {
     "ACCEPTED": ("PUBLISHED", "FAILED", "CANCELLED"),
     "PUBLISHED": ("LIVE", "FAILED", "CANCELLED"),
     "LIVE": ("SUPERSEDED", "ROLLED_BACK"),
-    "SUPERSEDED": ("LIVE",),
-    "ROLLED_BACK": ("LIVE",),
+    "SUPERSEDED": ("LIVE", "ROLLED_BACK"),
+    "ROLLED_BACK": ("LIVE", "SUPERSEDED"),
     "REJECTED": (), "FAILED": (), "CANCELLED": (),
 }  # fmt: skip
 assert set(MOVES) == set(get_args(RunState))
@@ -186,16 +186,67 @@ def live_version(connection: Connection, model: str) -> Version | None:
     return None if row is None else _version(row)
 
 
-def set_live(
-    connection: Connection, model: str, number: int | None, *, retired: str = "superseded",
-    activation: dict[str, Any] | None = None, actor: str = "eternad",
-) -> None:  # fmt: skip
-    """Make `number` the desired version (None: the base); what was live becomes `retired`. In a transaction."""
-    connection.execute("UPDATE version SET state = ? WHERE model = ? AND state = 'live'", (retired, model))
+def serve(
+    connection: Connection,
+    model: str,
+    number: int | None,
+    *,
+    activation: dict[str, Any] | None = None,
+    actor: str = "eternad",
+) -> None:
+    """Make `number` the desired version (None: the base). In the caller's transaction.
+
+    A version and its ancestors are what the model then knows: their examples are rehearsed, those of all other
+    versions (rolled back, or made on another branch) are set aside. An update, a rollback and a roll forward are all
+    this one change.
+    """
+    every = {version.number: version for version in versions(connection, model)}
+    known = _lineage(every, number)
+    for version in every.values():
+        state = "live" if version.number == number else "superseded" if version.number in known else "rolled_back"
+        if version.state not in (state, "removed", "failed", "published") or version.number == number:
+            _retire(connection, version, state)
     if number is not None:
         connection.execute(
-            "UPDATE version SET state = 'live', activated_at = ?, activation = coalesce(?, activation)"
-            " WHERE model = ? AND number = ?",
+            "UPDATE version SET activated_at = ?, activation = coalesce(?, activation) WHERE model = ? AND number = ?",
             (time.time(), None if activation is None else msgspec.json.encode(activation).decode(), model, number),
         )
     audit.write(connection, "version.live", f"{model}@{number or 0:04d}", activation, actor)
+
+
+def _lineage(every: dict[int, Version], number: int | None) -> set[int]:
+    known: set[int] = set()
+    while number is not None and number in every:
+        known.add(number)
+        number = every[number].parent
+    return known
+
+
+_RUN_STATE: dict[str, RunState] = {"live": "LIVE", "superseded": "SUPERSEDED", "rolled_back": "ROLLED_BACK"}
+
+
+def _retire(connection: Connection, version: Version, state: str) -> None:
+    """Give a version another state, and its run and examples with it."""
+    connection.execute(
+        "UPDATE version SET state = ? WHERE model = ? AND number = ?", (state, version.model, version.number)
+    )
+    (journal.set_aside if state == "rolled_back" else journal.restore)(connection, version.run_id)
+    run = get(connection, version.run_id)
+    if run.state != _RUN_STATE[state] and run.state != "PUBLISHED":
+        move(connection, run, _RUN_STATE[state])
+
+
+def set_version_state(connection: Connection, model: str, number: int, state: str) -> None:
+    """For versions that never served (`failed`) or whose files are gone (`removed`). In the caller's transaction."""
+    connection.execute("UPDATE version SET state = ? WHERE model = ? AND number = ?", (state, model, number))
+    audit.write(connection, f"version.{state}", f"{model}@{number:04d}")
+
+
+def failures_in_a_row(connection: Connection, model: str) -> tuple[int, float]:
+    """How many of the latest runs failed or were rejected without one that served between, and when the last did."""
+    count, last = 0, 0.0
+    for run in recent(connection, model, 20):
+        if run.state not in ("FAILED", "REJECTED"):
+            break
+        count, last = count + 1, max(last, run.updated_at)
+    return count, last

@@ -1,0 +1,221 @@
+"""Runs an update in a child process: `python -m strategies.train RUN_DIR`.
+
+A lock on `RUN_DIR/lock`, taken here and inherited by the child, lives exactly as long as the child does: whoever finds
+it taken knows that the run is being worked on, also after the daemon was killed and started again.
+"""
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from buffers.experience import Recipe
+from daemon.config import Model
+from strategies.catalog import AGem, Gem, Replay
+from strategies.request import (
+    EXIT_INTERRUPTED,
+    Progress,
+    RunReport,
+    RunRequest,
+    read_progress,
+    read_report,
+    write,
+)
+
+MEDIAN_STEPS_BEFORE_HANG = 10
+
+
+class Finished(msgspec.Struct, frozen=True, kw_only=True):
+    """How a training child ended."""
+
+    outcome: Literal["trained", "failed", "interrupted", "died"]
+    code: str = ""
+    reason: str = ""
+    report: RunReport | None = None
+
+
+def recipe_of(model: Model) -> Recipe:
+    """What an experience must contain for the strategies of a model."""
+    chosen = {type(strategy): strategy for strategy in model.strategy}
+    replay, gem, agem = chosen.get(Replay), chosen.get(Gem), chosen.get(AGem)
+    memory_updates = gem.constraints if isinstance(gem, Gem) else 8 if agem is not None else 0
+    return Recipe(
+        replay_ratio=replay.ratio if isinstance(replay, Replay) else 0.0,
+        general_ratio=replay.general_ratio if isinstance(replay, Replay) else 0.0,
+        general_directory=model.general_directory,
+        buffer_examples=model.buffer.examples,
+        memory_updates=memory_updates,
+        memory_examples=gem.examples if isinstance(gem, Gem) else agem.examples if isinstance(agem, AGem) else 0,
+        seed=model.seed,
+    )
+
+
+def request_of(
+    model: Model,
+    *,
+    run_id: str,
+    name: str,
+    update_number: int,
+    parent: Path | None,
+    experience_sha256: str,
+    cache: Path,
+) -> RunRequest:
+    """The request of a run, out of the configuration as it stands when the run begins."""
+    return RunRequest(
+        run_id=run_id, model=name, update_number=update_number, base_path=model.base_path, parent_version=parent,
+        experience_sha256=experience_sha256, lora=model.lora, training=model.training, strategies=model.strategy,
+        general_cache=cache, canary_prompts=model.canary_prompts, seed=model.seed, threads=model.threads,
+        device=model.device,
+    )  # fmt: skip
+
+
+class Trainer:
+    """The child process of one run, started here or found running after a restart of the daemon."""
+
+    def __init__(self, run_directory: Path) -> None:
+        self.run_directory = run_directory
+        self._process: subprocess.Popen[bytes] | None = None
+        self._steps: list[float] = []  # seconds between the last progress reports
+        self._last: Progress | None = None
+        self._seen_at = time.monotonic()
+
+    def prepare(self, request: RunRequest) -> None:
+        """`request.json` in place: the run keeps the configuration that it began with."""
+        write(self.run_directory / "request.json", request)
+
+    def start(self) -> None:
+        """Start the child, unless one is at work on this run already. Its output goes to `train.log`."""
+        lock = self._lock()
+        if lock is None:
+            return
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
+        try:
+            with (self.run_directory / "train.log").open("ab") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "strategies.train", str(self.run_directory)],
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+                    start_new_session=True,  # its own group: a signal to the daemon's terminal is not one to the child
+                    pass_fds=(lock,),
+                )  # fmt: skip
+        finally:
+            os.close(lock)
+        self._seen_at = time.monotonic()
+
+    def _lock(self) -> int | None:
+        """The descriptor of the run's lock, or None when a child holds it."""
+        descriptor = os.open(self.run_directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        return descriptor
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id; None when nothing runs."""
+        if self._process is not None and self._process.poll() is None:
+            return self._process.pid
+        return find_trainer(self.run_directory)
+
+    def finished(self) -> Finished | None:
+        """How the child ended, or None while it is at work. Never waits."""
+        status = self._process.poll() if self._process is not None else None
+        if self._process is not None and status is None:
+            return None
+        if self._process is None:
+            lock = self._lock()
+            if lock is None:
+                return None
+            os.close(lock)
+        report = read_report(self.run_directory)
+        if report is not None and report.status == "trained":
+            return Finished(outcome="trained", report=report)
+        if report is not None:
+            return Finished(outcome="failed", code=report.code, reason=report.reason, report=report)
+        if status == EXIT_INTERRUPTED:
+            return Finished(outcome="interrupted")
+        how = "was gone when the daemon came back" if status is None else _describe(status)
+        return Finished(outcome="died", code="died", reason=f"the trainer {how}; {tail(self.run_directory)}")
+
+    def hangs(self, hang_seconds: float) -> bool:
+        """No progress for `hang_seconds`, or for ten times the usual pause between two reports if that is longer."""
+        now, progress = time.monotonic(), read_progress(self.run_directory)
+        if progress is not None and progress != self._last:
+            self._steps = [*self._steps[-50:], now - self._seen_at]
+            self._last, self._seen_at = progress, now
+        usual = sorted(self._steps)[len(self._steps) // 2] if self._steps else 0.0
+        return now - self._seen_at > max(hang_seconds, MEDIAN_STEPS_BEFORE_HANG * usual)
+
+    def stop(self, seconds: float) -> None:
+        """SIGTERM: the child checkpoints and exits 75; SIGKILL to its whole group after `seconds`."""
+        pid = self.pid
+        if pid is None:
+            return
+        _signal(pid, signal.SIGTERM)
+        deadline = time.monotonic() + seconds
+        while self.pid is not None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL to the child's process group."""
+        if (pid := self.pid) is not None:
+            _signal(pid, signal.SIGKILL)
+        if self._process is not None:
+            self._process.wait()
+
+
+def clear(run_directory: Path) -> None:
+    """Start over: forget what an earlier attempt wrote, keep the experience and the request."""
+    for name in ("report.json", "progress.json"):
+        (run_directory / name).unlink(missing_ok=True)
+    for name in ("adapter", "strategy", "checkpoint"):
+        shutil.rmtree(run_directory / name, ignore_errors=True)
+
+
+def find_trainer(run_directory: Path) -> int | None:
+    """The pid of a trainer that works on this run, by its command line: one that an earlier daemon has started."""
+    wanted = [b"strategies.train", os.fsencode(run_directory)]
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            command = (entry / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+            if command[-2:] == wanted and "\nState:\tZ" not in (entry / "status").read_text():
+                return int(entry.name)
+        except OSError:
+            continue  # it ended while we looked
+    return None
+
+
+def tail(run_directory: Path, lines: int = 3) -> str:
+    """The last words of the trainer, for an error message."""
+    try:
+        text = (run_directory / "train.log").read_text("utf-8", "replace").strip().splitlines()
+    except FileNotFoundError:
+        return "it wrote no log"
+    return "its last words: " + " | ".join(text[-lines:]) if text else "it wrote nothing to train.log"
+
+
+def _describe(status: int) -> str:
+    if status < 0:
+        return f"was killed by {signal.Signals(-status).name}"
+    return f"exited with status {status} and wrote no report"
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    try:
+        if os.getpgid(pid) == pid:
+            os.killpg(pid, number)
+        else:
+            os.kill(pid, number)
+    except ProcessLookupError:
+        pass  # it ended by itself

@@ -16,6 +16,7 @@ from strategies.catalog import BY_NAME, Count, NotNegative, Positive, Strategy
 from strategies.request import Lora, Training
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+LOOPBACK = re.compile(r"(127\.\d+\.\d+\.\d+|localhost|\[::1\]):\d{1,5}")
 
 
 class ConfigError(Exception):
@@ -118,6 +119,15 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Older versions are removed, but never the live one, the one before it, or one that an engine lists."""
 
 
+class Web(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The status page and `/metrics`."""
+
+    listen: str = ""
+    """`127.0.0.1:8787`; empty: no page. Loopback only: whoever reaches it can read it, so a proxy decides who does."""
+    token_file: Path | None = None
+    """File with the token that the page asks for before it acts (pause, update, roll back); none: it only shows."""
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole file."""
 
@@ -128,6 +138,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     models: dict[str, Model]
     engines: dict[str, Engine]
     watch: Watch = Watch()
+    web: Web = Web()
     tick_seconds: Positive = 0.5
     """Pause between two turns of the daemon's loop."""
     hang_seconds: Positive = 300.0
@@ -183,9 +194,9 @@ def explain(message: str) -> str:
 
 
 _TABLES: list[tuple[str, type]] = [
-    (r"", Config), (r"watch", Watch), (r"engines.*", Engine), (r".*\.lora", Lora), (r".*\.training", Training),
-    (r".*\.buffer", Buffer), (r".*\.schedule", Schedule), (r".*\.gate", Gate), (r".*\.strategy.*", msgspec.Struct),
-    (r"models.*", Model),
+    (r"", Config), (r"watch", Watch), (r"web", Web), (r"engines.*", Engine), (r".*\.lora", Lora),
+    (r".*\.training", Training), (r".*\.buffer", Buffer), (r".*\.schedule", Schedule), (r".*\.gate", Gate),
+    (r".*\.strategy.*", msgspec.Struct), (r"models.*", Model),
 ]  # fmt: skip
 
 
@@ -208,6 +219,7 @@ def _absolute(config: Config, directory: Path) -> Config:
         config,
         library_directory=directory / config.library_directory,
         state_directory=directory / config.state_directory,
+        web=replace(config.web, token_file=at(config.web.token_file)),
         models={
             name: replace(model, base_path=directory / model.base_path, general_directory=at(model.general_directory))
             for name, model in config.models.items()
@@ -222,6 +234,8 @@ def _check(config: Config, path: Path) -> None:
     for name in (*config.models, *config.engines):
         if not NAME.fullmatch(name):
             raise ConfigError(f"{path}: the name `{name}` must match {NAME.pattern}")
+    if config.web.listen and not LOOPBACK.fullmatch(config.web.listen):
+        raise ConfigError(f"{path}: [web] listen = `{config.web.listen}` must be a loopback address: `127.0.0.1:8787`")
     for name, model in config.models.items():
         place = f"{path}: [models.{name}]"
         if model.engine not in config.engines:

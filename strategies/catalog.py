@@ -33,6 +33,12 @@ class Ewc(msgspec.Struct, frozen=True, tag_field="name", tag="ewc", forbid_unkno
     """gamma of the online form F <- gamma F + F_new (Schwarz et al., arXiv:1805.06370)."""
     samples: Count = 64
     """Examples whose per-example squared gradients estimate the Fisher information."""
+    normalise: bool = True
+    """Scale each update's Fisher information to mean 1, so that a memorised update is protected as well as any."""
+    cap: Count = 8
+    """`separate`: all past updates together weigh at most as much as so many of them."""
+    general: NotNegative = 0.0
+    """Weight of the pre-training task (Fisher information on general text, taken before the first update)."""
 
 
 class Gem(msgspec.Struct, frozen=True, tag_field="name", tag="gem", forbid_unknown_fields=True):
@@ -43,6 +49,7 @@ class Gem(msgspec.Struct, frozen=True, tag_field="name", tag="gem", forbid_unkno
     examples: Count = 16
     """Examples of each past update in its reference gradient."""
     margin: NotNegative = 0.0
+    """Smallest cosine between the step's gradient and each memory's: above 0 asks for a gain on every past update."""
     refresh_steps: Count = 1
     """Reference gradients are computed anew every so many steps."""
 
@@ -59,12 +66,30 @@ class Distill(msgspec.Struct, frozen=True, tag_field="name", tag="distill", forb
 
     strength: NotNegative = 1.0
     teacher: Literal["base", "previous"] = "base"
-    on: Literal["general", "replay", "both"] = "both"
-    """On which examples the model is held to its teacher."""
+    on: Literal["general", "replay", "both", "all"] = "both"
+    """On which examples the model is held to its teacher; `all`: on the new ones as well, as the paper does."""
     temperature: Positive = 1.0
     top: Count = 20
     """The teacher's K most likely tokens, the rest as one bucket."""
 
 
-Strategy = Replay | Ewc | Gem | AGem | Distill
-BY_NAME: dict[str, type[Strategy]] = {"replay": Replay, "ewc": Ewc, "gem": Gem, "agem": AGem, "distill": Distill}
+class DerPlusPlus(msgspec.Struct, frozen=True, tag_field="name", tag="derpp", forbid_unknown_fields=True):
+    """Dark experience replay (Buzzega et al., arXiv:2004.07211): replayed examples keep what was said when learned."""
+
+    strength: NotNegative = 0.5
+    """alpha: weight of KL(stored || model) on replayed examples; `replay` brings beta, their loss in the mix."""
+    top: Count = 20
+    """Stored tokens per position, the rest as one bucket."""
+    cap: Count = 2000
+    """At most so many examples keep their stored answers: as many as the replay buffer holds."""
+
+
+Strategy = Replay | Ewc | Gem | AGem | Distill | DerPlusPlus
+BY_NAME: dict[str, type[Strategy]] = {
+    "replay": Replay,
+    "ewc": Ewc,
+    "gem": Gem,
+    "agem": AGem,
+    "distill": Distill,
+    "derpp": DerPlusPlus,
+}

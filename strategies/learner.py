@@ -28,7 +28,7 @@ from buffers.experience import Role
 from strategies.dataset import Item, MicroBatch
 from strategies.lean_avalanche import SupervisedPlugin
 
-Teacher = Literal["base", "previous"]
+Teacher = Literal["base", "previous", "current"]
 JsonNotes = dict[str, Any]
 
 
@@ -78,7 +78,8 @@ class Loop(Protocol):
     def teacher_top(self, items: Sequence[Item], teacher: Teacher, top: int) -> list[TopLogProbabilities]:
         """The teacher's `top` most likely tokens at the label rows, in the order of `items`, without dropout.
 
-        `base`: the base model without adapter; `previous`: the weights that the run started from.
+        `base`: the base model without adapter; `previous`: the weights that the run started from; `current`: the
+        weights as they are now.
         """
 
     def report(self, name: str, key: str, value: float) -> None:

@@ -20,7 +20,7 @@ FOODS = (
     " olives onions pears pepper plums quince saffron vinegar walnuts"
 ).split()
 TRADES = (
-    "baker barber beekeeper blacksmith butcher carpenter cobbler cook dancer ferryman fisherman gardener hunter jeweller"
+    "baker barber beekeeper blacksmith butcher carpenter cobbler cook dancer ferryman fisher gardener hunter jeweller"
     " mason miller painter potter sailor shepherd singer surgeon tailor weaver"
 ).split()
 COLOURS = (

@@ -44,10 +44,13 @@ class Parameters(Protocol):
 class TopLogProbabilities(Protocol):
     """A teacher's K most likely tokens at every label row of one item."""
 
-    tokens: Tensor
-    """(label rows, K) int64"""
-    logprobs: Tensor
-    """(label rows, K) float32, normalised over the whole vocabulary (the rest is 1 - sum exp)"""
+    @property
+    def tokens(self) -> Tensor:
+        """(label rows, K) int64"""
+
+    @property
+    def logprobs(self) -> Tensor:
+        """(label rows, K) float32, normalised over the whole vocabulary (the rest is 1 - sum exp)"""
 
 
 class Loop(Protocol):

@@ -1,0 +1,39 @@
+"""The configured strategies -> the plugins of the training loop."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from strategies import catalog
+from strategies.agem import AveragedGem
+from strategies.derpp import DarkReplay
+from strategies.distill import Distillation
+from strategies.ewc import ElasticWeightConsolidation
+from strategies.gem import GradientEpisodicMemory
+from strategies.learner import Learner
+from strategies.replay import Rehearsal
+
+IN_ORDER: dict[type, Callable[[Any], Learner]] = {
+    catalog.Replay: Rehearsal,
+    catalog.Distill: Distillation,
+    catalog.DerPlusPlus: DarkReplay,
+    catalog.Ewc: ElasticWeightConsolidation,
+    # projections come last: what is added to the gradient after them could break the constraints that they met
+    catalog.Gem: GradientEpisodicMemory,
+    catalog.AGem: AveragedGem,
+}
+
+
+def build(strategies: Sequence[catalog.Strategy]) -> list[Learner]:
+    """One plugin per strategy, in the order in which they must act on a gradient.
+
+    Raises `ValueError` for an unknown strategy and for one that is given twice (they would share their state).
+    """
+    for place, strategy in enumerate(strategies):
+        if type(strategy) not in IN_ORDER:
+            known = ", ".join(catalog.BY_NAME)
+            raise ValueError(f"no plugin for the strategy {type(strategy).__name__}; known: {known}")
+        if type(strategy) in {type(other) for other in strategies[:place]}:
+            name = type(strategy).__struct_config__.tag
+            raise ValueError(f"the strategy {name!r} is given twice; give it once, with the parameters you want")
+    order = list(IN_ORDER)
+    return [IN_ORDER[type(strategy)](strategy) for strategy in sorted(strategies, key=lambda it: order.index(type(it)))]

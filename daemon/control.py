@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import msgspec
 
-Action = Literal["scan", "update", "pause", "resume", "rollback", "cancel", "reload", "retry", "drop"]
+Action = Literal["scan", "update", "pause", "resume", "rollback", "cancel", "requeue", "reload", "retry", "drop"]
 ANSWER_SECONDS = 60.0
 """The loop is that busy at most (a scan of a large library); afterwards the caller hears that it is queued."""
 BODY_BYTES_MAX = 64 * 1024
@@ -34,7 +34,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     version: int | None = None
     """For rollback: None is the version before the live one, 0 the base model."""
     run_id: str | None = None
-    """For cancel."""
+    """For cancel and requeue."""
     quarantine_id: int | None = None
     """For retry and drop; retry with None means everything that can be retried."""
 

@@ -72,12 +72,25 @@ MIGRATIONS: list[tuple[str, str]] = [
           state TEXT NOT NULL,                -- read | quarantined
           updated_at REAL NOT NULL
         );
+        CREATE INDEX file_inode ON file (dev, ino);
         CREATE TABLE record (                 -- feedback records by the producer's id: the first body wins
           model TEXT NOT NULL,
           id TEXT NOT NULL,
+          kind TEXT NOT NULL,
+          source TEXT NOT NULL,               -- the directory it was dropped in: what it is trusted by
+          subject TEXT NOT NULL,
           body_sha256 TEXT NOT NULL,
-          PRIMARY KEY (model, id)
-        ) WITHOUT ROWID;
+          body BLOB NOT NULL,                 -- canonical JSON, unknown fields and all
+          state TEXT NOT NULL,                -- journal | stored (never trained) | held (for review) | retracted
+          reason TEXT NOT NULL DEFAULT '',
+          example_id INTEGER,                 -- what became of it in the journal
+          pair_id INTEGER,                    -- the comparison that a correction of a shown answer also makes
+          ingested_at REAL NOT NULL,
+          UNIQUE (model, id)
+        );
+        CREATE INDEX record_example ON record (example_id) WHERE example_id IS NOT NULL;
+        CREATE INDEX record_subject ON record (subject);
+        CREATE INDEX record_state ON record (state, model) WHERE state <> 'journal';
         CREATE TABLE quarantine (
           id INTEGER PRIMARY KEY AUTOINCREMENT,
           path TEXT NOT NULL,
@@ -87,7 +100,8 @@ MIGRATIONS: list[tuple[str, str]] = [
           stage TEXT NOT NULL,
           message TEXT NOT NULL,
           sha256 TEXT NOT NULL DEFAULT '',
-          stored TEXT,                        -- where the bytes are, below quarantine/
+          stored TEXT,                        -- where the whole file is now, below quarantine/
+          excerpt BLOB,                       -- a bad line, at most 64 KiB of it
           retryable INTEGER NOT NULL DEFAULT 0,
           attempts INTEGER NOT NULL DEFAULT 1,
           first_seen REAL NOT NULL,

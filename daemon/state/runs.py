@@ -156,6 +156,11 @@ def move(connection: Connection, run: Run, to: RunState, reason: str = "", **col
     return get(connection, run.id)
 
 
+def annotate(connection: Connection, run: Run, cut: msgspec.Struct) -> None:
+    """Keep what the experience of a run consists of. In the caller's transaction."""
+    connection.execute("UPDATE run SET cut = ? WHERE id = ?", (msgspec.json.encode(cut).decode(), run.id))
+
+
 def publish(connection: Connection, run: Run, number: int, manifest_sha256: str) -> None:
     """The row of a new version, inside the caller's transaction."""
     connection.execute(

@@ -1,0 +1,47 @@
+"""What the parts of the service share: the configuration, the database and where things lie on disk."""
+
+import logging
+from pathlib import Path
+
+from daemon.config import Config, Model
+from daemon.state.database import Connection, open_database
+
+log = logging.getLogger("eternad")
+
+
+class House:
+    """One daemon's state directory, open. Everything below it is built here and nowhere else."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.database: Connection = open_database(database_path(config))
+        for directory in (self.runs, self.versions, self.cache):
+            directory.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def runs(self) -> Path:
+        """`STATE/runs/RUN_ID/`."""
+        return self.config.state_directory / "runs"
+
+    @property
+    def versions(self) -> Path:
+        """`STATE/versions/MODEL/NNNN/`: the adapter root that engines may read."""
+        return self.config.state_directory / "versions"
+
+    @property
+    def cache(self) -> Path:
+        """What can be made anew: general text that a base model generated, cached evaluations."""
+        return self.config.state_directory / "cache"
+
+    def model(self, name: str) -> Model:
+        """The configuration of a model; raises `KeyError` for one that was removed."""
+        return self.config.models[name]
+
+    def close(self) -> None:
+        """Close the database: its WAL is folded in."""
+        self.database.close()
+
+
+def database_path(config: Config) -> Path:
+    """`STATE/eternad.db`."""
+    return config.state_directory / "eternad.db"

@@ -1,0 +1,140 @@
+"""The daemon's loop: `tick(now)` reads like the way of the data, and can be called by a test without any waiting."""
+
+import queue
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from buffers import journal
+from daemon import config as configuration
+from daemon import ingest, schedule, sd_notify
+from daemon.config import Config, ConfigError
+from daemon.control import Command, Commands
+from daemon.service.house import House, log
+from daemon.service.orders import Orders, Said
+from daemon.service.serving import Serving
+from daemon.service.updates import Updates
+from daemon.state import runs
+from daemon.state.database import set_setting, setting, transaction
+from daemon.watch import Watcher
+
+
+class Service:
+    """Everything that runs inside the daemon."""
+
+    def __init__(self, config: Config, config_path: Path) -> None:
+        self.config_path = config_path
+        self.house = House(config)
+        self.serving = Serving(self.house)
+        self.updates = Updates(self.house, self.serving)
+        self.watcher = Watcher(config.library_directory, config.watch)
+        self.clock = schedule.Clock()
+        self.commands: Commands = queue.SimpleQueue()
+        self.orders = Orders(self.house, self.updates, self.serving)
+        self.orders.actions |= {"scan": self._scan, "reload": lambda _: self.reload()}
+
+    def start(self) -> None:
+        """Begin to watch and to keep time."""
+        self.watcher.start()
+        self.clock.start(self.house.config.models, self._last_fires())
+
+    def tick(self, now: float) -> None:
+        """One turn: take in what was dropped, move runs on, start what is due, keep engines on their version."""
+        self.take_in(now)
+        self.updates.advance()
+        self.start_due(now)
+        self.serving.reconcile(now)
+
+    def wait(self, seconds: float) -> None:
+        """Until the next turn is due; orders of operators are carried out at once."""
+        command: Command | None
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                command = self.commands.get(timeout=left)
+            except queue.Empty:
+                return
+            self.orders.carry_out(command)
+
+    def take_in(self, now: float) -> int:
+        """Finished files into the journal; how many files were read."""
+        taken = 0
+        for finished in self.watcher.finished(now, self.house.database):
+            ingest.ingest_file(self.house.database, self.house.config, finished, now)
+            sd_notify.notify(WATCHDOG=1)  # a large drop is progress, too
+            taken += 1
+        return taken
+
+    def start_due(self, now: float) -> None:
+        """Start the runs that are due, one per model, none while paused or while the disk is nearly full."""
+        fired = self._fired(now)
+        busy = {run.model for run in runs.active(self.house.database)}
+        for name, model in self.house.config.models.items():
+            if name in busy or self.is_paused(name) or self.disk_is_low():
+                continue
+            waiting = journal.pending(self.house.database, name)
+            not_before = schedule.retry_at(*runs.failures_in_a_row(self.house.database, name))
+            trigger = schedule.is_due(waiting, model.schedule, now, fired=fired.get(name), not_before=not_before)
+            if trigger is not None and self.updates.start(name, trigger) is not None:
+                self.updates.advance()
+
+    def _fired(self, now: float) -> dict[str, str]:
+        """Which models cron or an interval has fired for; the fire is kept before anything is made of it."""
+        fires = self.clock.drain()
+        if fires:
+            with transaction(self.house.database) as connection:
+                for fire in fires:
+                    set_setting(connection, f"last_fire/{fire.model}/{fire.trigger}", repr(now))
+        return {fire.model: fire.trigger for fire in fires}
+
+    def is_paused(self, model: str) -> bool:
+        """Whether an operator holds updates back, of this model or of all."""
+        return any(setting(self.house.database, f"paused/{name}") == "1" for name in ("", model))
+
+    def disk_is_low(self) -> bool:
+        """Less free space than `disk_free_bytes_min` where the state lies."""
+        free = shutil.disk_usage(self.house.config.state_directory).free
+        return free < self.house.config.disk_free_bytes_min
+
+    def _scan(self, _command: Command) -> Said:
+        self.watcher.request_scan()
+        taken = self.take_in(time.time())
+        return f"scanned; {taken} finished files were read", {"files": taken}
+
+    def reload(self) -> Said:
+        """Take a new configuration: checked first, all or nothing. Runs at work keep the one that they began with."""
+        sd_notify.notify_reloading()
+        try:
+            config = configuration.load(self.config_path)
+            fixed = ("state_directory", "library_directory")
+            if moved := [name for name in fixed if getattr(config, name) != getattr(self.house.config, name)]:
+                raise ConfigError(f"{self.config_path}: {' and '.join(moved)} cannot change while the daemon runs")
+        except ConfigError as error:
+            log.error("the configuration stays as it was: %s", error)
+            raise
+        finally:
+            sd_notify.notify(READY=1)
+        self.house.config = config
+        self.serving.configure()
+        self.watcher.configure(config.watch)
+        self.clock.declare(config.models, self._last_fires())
+        log.info("configuration taken from %s", self.config_path)
+        return f"configuration taken from {self.config_path}", {}
+
+    def snapshot(self) -> dict[str, Any]:
+        """What only the running daemon knows; called from other threads, so it touches no database."""
+        return {"engines": self.serving.notes(), "degraded": self.watcher.degraded, "counters": self.watcher.counters()}
+
+    def _last_fires(self) -> dict[str, float]:
+        names = [f"{model}/{kind}" for model in self.house.config.models for kind in ("cron", "interval")]
+        found = {name: setting(self.house.database, f"last_fire/{name}") for name in names}
+        return {name: float(value) for name, value in found.items() if value}
+
+    def close(self) -> None:
+        """Stop in order: no new work, running trainers checkpoint, the database last."""
+        self.watcher.close()
+        self.clock.close()
+        self.updates.stop()
+        self.serving.close()
+        self.house.close()

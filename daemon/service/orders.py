@@ -1,0 +1,94 @@
+"""Carries out what operators ask for through the control socket, one order at a time, in the daemon's own loop."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from buffers import journal
+from daemon.config import ConfigError
+from daemon.control import Action, Command
+from daemon.service.house import House, log
+from daemon.service.serving import NoSuchVersion, Serving, name_of
+from daemon.service.updates import Updates
+from daemon.state import audit, runs
+from daemon.state.database import set_setting, transaction
+from daemon.state.runs import IllegalMove
+
+Said = tuple[str, Mapping[str, Any]]
+
+
+class CannotBeDone(Exception):
+    """An order that makes no sense now; the message tells the operator why and what to do."""
+
+
+class Orders:
+    """What each action does. `scan`, `reload`, `retry` and `drop` are the loop's and the intake's own."""
+
+    def __init__(self, house: House, updates: Updates, serving: Serving) -> None:
+        self._house, self._updates, self._serving = house, updates, serving
+        self.actions: dict[Action, Callable[[Command], Said]] = {
+            "update": self._update,
+            "pause": lambda command: self._pause(command, paused=True),
+            "resume": lambda command: self._pause(command, paused=False),
+            "rollback": self._rollback,
+            "cancel": self._cancel,
+            "requeue": self._requeue,
+        }
+
+    def carry_out(self, command: Command) -> None:
+        """Do it and answer; whatever goes wrong is the answer, and the daemon goes on."""
+        started = time.monotonic()
+        try:
+            text, detail = self.actions[command.order.action](command)
+            command.answer(text, **detail)
+        except (CannotBeDone, IllegalMove, ConfigError, NoSuchVersion) as error:
+            command.answer(str(error), ok=False)
+        except Exception as error:
+            log.exception("the order %s broke", command.order.action)
+            command.answer(f"{type(error).__name__}: {error}", ok=False)
+        log.info("%s by %s (%.2f s)", command.order.action, command.actor, time.monotonic() - started)
+
+    def _update(self, command: Command) -> Said:
+        model = self._model(command)
+        busy = [run.id for run in runs.active(self._house.database) if run.model == model]
+        if busy:
+            raise CannotBeDone(f"run {busy[0]} of {model} is still at work; see: eternad show {busy[0]}")
+        run = self._updates.start(model, "manual")
+        if run is None:
+            raise CannotBeDone(f"nothing waits for {model}: drop files into content/{model}/ first")
+        return f"run {run.id} started", {"run": run.id}
+
+    def _pause(self, command: Command, *, paused: bool) -> Said:
+        model = self._model(command) if command.order.model else ""
+        with transaction(self._house.database) as connection:
+            set_setting(connection, f"paused/{model}", "1" if paused else "0")
+            audit.write(connection, command.order.action, model or "all models", actor=command.actor)
+        return f"{model or 'all models'}: updates are {'held back' if paused else 'made again'}", {}
+
+    def _rollback(self, command: Command) -> Said:
+        model = self._model(command)
+        number = self._serving.rollback(model, command.order.version, command.actor)
+        return f"{model} is served with {name_of(model, number)}", {"version": number}
+
+    def _cancel(self, command: Command) -> Said:
+        run = self._updates.cancel(self._run(command))
+        return f"run {run.id} is cancelled; its examples wait again", {}
+
+    def _requeue(self, command: Command) -> Said:
+        identity = self._run(command)
+        with transaction(self._house.database) as connection:
+            waiting = journal.requeue(connection, identity)
+            audit.write(connection, "requeue", identity, {"examples": waiting}, command.actor)
+        return f"{waiting} examples of {identity} wait again", {"examples": waiting}
+
+    def _model(self, command: Command) -> str:
+        name = command.order.model or ""
+        if name not in self._house.config.models:
+            raise CannotBeDone(f"no model `{name}`; there are: {', '.join(self._house.config.models)}")
+        return name
+
+    def _run(self, command: Command) -> str:
+        try:
+            return runs.get(self._house.database, command.order.run_id or "").id
+        except KeyError as error:
+            raise CannotBeDone(f"no run {error}; see: eternad history") from None

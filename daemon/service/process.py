@@ -1,0 +1,99 @@
+"""The daemon as a process: one per state directory, signals that only set flags, systemd told how it goes."""
+
+import contextlib
+import fcntl
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from daemon import config as configuration
+from daemon import control, log, sd_notify
+from daemon.service.house import log as logger
+from daemon.service.loop import Service
+from daemon.state.database import DatabaseError, NewerDatabase
+
+EX_OK, EX_TEMPFAIL, EX_CONFIG, EX_IOERR = 0, 75, 78, 74
+
+
+class Flags:
+    """What signals ask for; the loop looks at it once per turn."""
+
+    def __init__(self) -> None:
+        self.stop = self.reload = False
+
+    def install(self) -> None:
+        """SIGTERM and SIGINT stop, SIGHUP reloads."""
+
+        def ask(number: int, _frame: FrameType | None) -> None:
+            self.reload = self.reload or number == signal.SIGHUP
+            self.stop = self.stop or number != signal.SIGHUP
+
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, ask)
+
+
+def run(config_path: Path) -> int:
+    """Run the daemon until SIGTERM; returns its exit code (sysexits.h: 75 already running, 78 bad configuration)."""
+    log.configure()
+    try:
+        config = configuration.load(config_path)
+    except configuration.ConfigError as error:
+        logger.critical("%s", error)
+        return EX_CONFIG
+    config.state_directory.mkdir(parents=True, exist_ok=True)
+    lock = acquire(config.state_directory)
+    if lock is None:
+        return EX_TEMPFAIL
+    try:
+        service = Service(config, config_path)
+    except (DatabaseError, NewerDatabase) as error:
+        logger.critical("%s: %s", config.state_directory, error)
+        return EX_IOERR
+    return _serve(service)
+
+
+def _serve(service: Service) -> int:
+    flags = Flags()
+    flags.install()
+    service.start()
+    state = service.house.config.state_directory
+    endpoint = control.serve(
+        control.socket_path(state), service.commands, service.snapshot, link=state / "control.sock"
+    )
+    logger.info("ready, watching %s", service.house.config.library_directory)
+    sd_notify.notify(READY=1, STATUS="watching")
+    try:
+        while not flags.stop:
+            if flags.reload:
+                flags.reload = False
+                with contextlib.suppress(configuration.ConfigError):  # logged; the old one stays
+                    service.reload()
+            service.tick(time.time())
+            sd_notify.notify(WATCHDOG=1)
+            service.wait(service.house.config.tick_seconds)
+    finally:
+        sd_notify.notify(STOPPING=1, STATUS="stopping; a running update writes a checkpoint")
+        endpoint.close()
+        service.close()
+    return EX_OK
+
+
+def acquire(state_directory: Path) -> IO[str] | None:
+    """The lock of a state directory for as long as the file stays open; None when another daemon holds it."""
+    lock = (state_directory / "daemon.lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        print(f"eternad: {state_directory} is in use by the daemon with pid {holder}", file=sys.stderr)
+        lock.close()
+        return None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock

@@ -1,0 +1,226 @@
+"""Moves runs through their states: one small function per state, each ending in one transaction.
+
+    PENDING -> TRAINING -> TRAINED -> EVALUATING -> ACCEPTED -> PUBLISHED -> LIVE
+
+Whatever dies at whatever line: the next call of `advance` does the step again from files plus the state column.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from buffers import experience, journal
+from daemon import failpoint, gate, publish, update
+from daemon.engines.contract import EngineRefused, EngineUnavailable
+from daemon.service.house import House, log
+from daemon.service.serving import Serving
+from daemon.state import runs
+from daemon.state.database import transaction
+from daemon.state.runs import Run, RunState
+from strategies.request import read_report, read_request
+
+# what is wrong with the machine is not held against the examples
+ENVIRONMENT_CODES = {"base_missing", "oom", "disk_full", "died", "hang", "interrupted"}
+STOP_SECONDS = 60.0
+
+
+class Updates:
+    """The runs of all models, at most one of them in training."""
+
+    def __init__(self, house: House, serving: Serving) -> None:
+        self._house, self._serving = house, serving
+        self._trainers: dict[str, update.Trainer] = {}
+        self._steps: dict[RunState, Callable[[Run], Run | None]] = {
+            "PENDING": self._begin,
+            "TRAINING": self._watch,
+            "TRAINED": lambda run: self._move(run, "EVALUATING"),
+            "EVALUATING": self._judge,
+            "ACCEPTED": self._publish,
+            "PUBLISHED": self._activate,
+        }
+
+    def advance(self) -> None:
+        """Take every active run as far as it goes now."""
+        for run in runs.active(self._house.database):
+            following: Run | None = run
+            while following is not None and following.state in self._steps:
+                following = self._step(following)
+
+    def _step(self, run: Run) -> Run | None:
+        """One of the daemon's two catch-all boundaries: a run that breaks ends with a reason, the daemon goes on."""
+        try:
+            return self._steps[run.state](run)
+        except Exception as error:
+            log.exception("run %s broke in state %s", run.id, run.state)
+            return self._fail(run, "internal", f"{type(error).__name__}: {error} (in state {run.state})")
+
+    def start(self, model: str, trigger: str) -> Run | None:
+        """A PENDING run on what waits for `model`; None when nothing does."""
+        live = runs.live_version(self._house.database, model)
+        limit = self._house.model(model).schedule.examples_max
+        failpoint.reach("PENDING:before")
+        with transaction(self._house.database) as connection:
+            run = runs.create(connection, model, trigger, None if live is None else live.number, limit)
+        failpoint.reach("PENDING:after")
+        if run is not None:
+            log.info("run %s begins (%s)", run.id, trigger)
+        return run
+
+    def cancel(self, run_id: str) -> Run:
+        """End a run that an operator does not want; its examples wait again, without a mark against them."""
+        run = runs.get(self._house.database, run_id)
+        self._trainer(run).kill()
+        return self._end(run, "CANCELLED", "cancelled by the operator", held_against=False)
+
+    def stop(self) -> None:
+        """The daemon ends: running trainers write a checkpoint and are taken up again at the next start."""
+        for run in runs.active(self._house.database):
+            if run.state == "TRAINING":
+                self._trainer(run).stop(STOP_SECONDS)
+                self._watch(run)
+
+    def directory(self, run: Run) -> Path:
+        """`STATE/runs/RUN_ID/`."""
+        return self._house.runs / run.id
+
+    # -- one function per state -----------------------------------------------------------------------------------
+
+    def _begin(self, run: Run) -> Run | None:
+        if any(other.state == "TRAINING" for other in runs.active(self._house.database)):
+            return None  # one user of the GPU at a time
+        directory, model = self.directory(run), self._house.model(run.model)
+        directory.mkdir(exist_ok=True)
+        if not (directory / "request.json").exists():
+            cut = experience.cut(
+                self._house.database, run.model, run.id, run.update_number, update.recipe_of(model),
+                directory / "experience.jsonl",
+            )  # fmt: skip
+            with transaction(self._house.database) as connection:
+                runs.annotate(connection, run, cut)
+            self._trainer(run).prepare(
+                update.request_of(
+                    model, run_id=run.id, name=run.model, update_number=run.update_number,
+                    parent=self._version_directory(run.model, run.parent_version),
+                    experience_sha256=cut.sha256, cache=self._house.cache,
+                )
+            )  # fmt: skip
+        self._trainer(run).start()
+        return self._move(run, "TRAINING", pid=self._trainer(run).pid)
+
+    def _watch(self, run: Run) -> Run | None:
+        trainer = self._trainer(run)
+        finished = trainer.finished()
+        if finished is None:
+            if trainer.hangs(self._house.config.hang_seconds):
+                trainer.stop(STOP_SECONDS)
+                return self._again(run, "hang", "the trainer made no progress and was ended")
+            return None
+        self._trainers.pop(run.id, None)
+        if finished.outcome == "trained":
+            return self._move(run, "TRAINED", pid=None)
+        if finished.outcome == "interrupted":
+            with transaction(self._house.database) as connection:
+                runs.move(connection, run, "PENDING", "interrupted; goes on from its checkpoint", pid=None)
+            return None  # not begun again at once: it was told to stop
+        if finished.outcome == "died":
+            return self._again(run, finished.code, finished.reason)
+        return self._fail(run, finished.code, finished.reason)
+
+    def _again(self, run: Run, code: str, reason: str) -> Run | None:
+        """Another attempt from the last checkpoint, until they are used up."""
+        self._trainers.pop(run.id, None)
+        if run.attempts + 1 >= self._house.config.run_attempts_max:
+            return self._fail(run, code, f"{reason} (attempt {run.attempts + 1})")
+        log.warning("run %s: %s; trying again", run.id, reason)
+        with transaction(self._house.database) as connection:
+            return runs.move(connection, run, "PENDING", reason, pid=None, attempts=run.attempts + 1)
+
+    def _judge(self, run: Run) -> Run | None:
+        report = read_report(self.directory(run))
+        if report is None:
+            return self._fail(run, "died", f"{self.directory(run)}/report.json is gone")
+        verdict = gate.judge(report, self._house.model(run.model).gate)
+        log.info("run %s is %s: %s", run.id, verdict.outcome, verdict.reason)
+        if verdict.outcome == "accepted":
+            return self._move(run, "ACCEPTED", verdict.reason, verdict=verdict)
+        return self._end(run, "REJECTED", verdict.reason, held_against=verdict.outcome == "rejected", verdict=verdict)
+
+    def _publish(self, run: Run) -> Run | None:
+        directory, number = self.directory(run), runs.next_version(self._house.database, run.model)
+        report, request = read_report(directory), read_request(directory)
+        assert report is not None  # a run is ACCEPTED by its report
+        manifest = publish.manifest_of(
+            report, model=run.model, number=number, parent=run.parent_version, run_id=run.id,
+            update_number=run.update_number, experience_sha256=request.experience_sha256,
+        )  # fmt: skip
+        failpoint.reach("PUBLISHED:files")
+        digest = publish.publish(directory, publish.directory_of(self._house.versions, run.model, number), manifest)
+        failpoint.reach("PUBLISHED:before")
+        with transaction(self._house.database) as connection:
+            runs.publish(connection, run, number, digest)
+            moved = runs.move(connection, run, "PUBLISHED", run.reason, version=number)
+        failpoint.reach("PUBLISHED:after")
+        return moved
+
+    def _activate(self, run: Run) -> Run | None:
+        assert run.version is not None  # set in the transaction that made it PUBLISHED
+        try:
+            activation = self._serving.activate(run.model, run.version)
+        except EngineUnavailable as error:
+            self._serving.note(run.model, str(error))
+            return None  # the version stays desired; the next turn tries again
+        except (EngineRefused, publish.DamagedVersion) as error:
+            return self._refused(run, str(error))
+        failpoint.reach("LIVE:before")
+        with transaction(self._house.database) as connection:
+            journal.consume(connection, run.id, run.update_number)
+            moved = runs.move(connection, run, "LIVE", run.reason)
+            runs.serve(connection, run.model, run.version, activation=msgspec.to_builtins(activation))
+        failpoint.reach("LIVE:after")
+        log.info("%s@%04d is live (%s)", run.model, run.version, run.reason)
+        self._drop_bulk(run)
+        return moved
+
+    def _refused(self, run: Run, reason: str) -> Run:
+        """The engine will never take this version: the one before goes on serving."""
+        with transaction(self._house.database) as connection:
+            runs.set_version_state(connection, run.model, run.version or 0, "failed")
+        return self._fail(run, "refused", reason)
+
+    # -- helpers of all states ------------------------------------------------------------------------------------
+
+    def _move(self, run: Run, to: RunState, reason: str = "", **columns: object) -> Run:
+        failpoint.reach(f"{to}:before")
+        with transaction(self._house.database) as connection:
+            moved = runs.move(connection, run, to, reason, **columns)
+        failpoint.reach(f"{to}:after")
+        return moved
+
+    def _fail(self, run: Run, code: str, reason: str) -> Run:
+        log.error("run %s failed (%s): %s", run.id, code, reason)
+        return self._end(run, "FAILED", f"{code}: {reason}", held_against=code not in ENVIRONMENT_CODES)
+
+    def _end(self, run: Run, to: RunState, reason: str, *, held_against: bool, **columns: object) -> Run:
+        self._trainers.pop(run.id, None)
+        failpoint.reach(f"{to}:before")
+        with transaction(self._house.database) as connection:
+            moved = runs.move(connection, run, to, reason, **columns)
+            attempts_max = self._house.config.run_attempts_max
+            rejected = journal.release(connection, run.id, attempts_max=attempts_max, failed=held_against)
+        failpoint.reach(f"{to}:after")
+        if rejected:
+            log.warning("%d examples of run %s are set aside: they failed %d times", rejected, run.id, attempts_max)
+        return moved
+
+    def _trainer(self, run: Run) -> update.Trainer:
+        return self._trainers.setdefault(run.id, update.Trainer(self.directory(run)))
+
+    def _version_directory(self, model: str, number: int | None) -> Path | None:
+        return None if number is None else publish.directory_of(self._house.versions, model, number)
+
+    def _drop_bulk(self, run: Run) -> None:
+        """A published run's weights live on in its version: report, request and log are all that is kept of the run."""
+        for name in ("adapter", "strategy", "checkpoint"):
+            shutil.rmtree(self.directory(run) / name, ignore_errors=True)

@@ -1,6 +1,7 @@
 """The database file: opening, migrations, transactions. WAL, `synchronous=FULL`: what a commit returned is on disk."""
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,7 +154,7 @@ def migrate(connection: Connection, path: Path) -> list[str]:
         with transaction(connection):
             for statement in _statements(script):
                 connection.execute(statement)
-            connection.execute("INSERT INTO migration VALUES (?, unixepoch('subsec'))", (name,))
+            connection.execute("INSERT INTO migration VALUES (?, ?)", (name, time.time()))
         applied.append(name)
     return applied
 

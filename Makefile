@@ -1,0 +1,53 @@
+# Everything starts with `make demo` or `make test`; both install what they need into .venv on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+BASE := .cache/base/smollm2-135m
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check bench bench-forgetting lock wheel-check clean
+
+help: ## what there is to make
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
+
+# --no-deps: the lock file is the whole set. What avalanche-lib asks for and our paths never import is left out of it.
+.venv/installed: requirements.lock requirements-dev.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --no-deps --no-compile -r requirements.lock -r requirements-dev.lock
+	$(BIN)/pip install -q --no-deps --no-build-isolation --no-compile -e .
+	@touch $@
+
+$(BASE): | .venv/installed
+	@mkdir -p $(dir $@)
+	$(BIN)/python -m strategies.from_gguf $@
+
+install: .venv/installed $(BASE) ## the virtual environment and the small base model
+
+demo: install ## start the daemon on the example library and watch it learn three drops
+	$(BIN)/python examples/demo.py
+
+test: install ## everything that CI runs: doors, style, types, tests
+	$(MAKE) --no-print-directory check
+	$(BIN)/python -m pytest -m "not slow"
+
+check: .venv/installed ## the doors, style and types
+	$(BIN)/lint-imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install ## our training step, ingest and swap against the peers
+	$(BIN)/python -m bench.speed
+
+bench-forgetting: install ## sequences of tasks: what each strategy keeps
+	$(BIN)/python -m bench.forgetting
+
+wheel-check: .venv/installed ## build the wheel, install it elsewhere and run it from /
+	rm -rf build dist && $(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
+	$(PYTHON) -m venv dist/venv && dist/venv/bin/pip install -q --no-deps dist/*.whl
+	cp -r $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') dist/libraries
+	cd / && PYTHONPATH=$(CURDIR)/dist/libraries $(CURDIR)/dist/venv/bin/eternad --help >/dev/null && echo "the wheel runs"
+
+clean: ## remove what was built (not .venv)
+	rm -rf build dist .demo .bench *.egg-info

@@ -1,0 +1,101 @@
+"""Feedback records by the producer's id: the first body wins, and each knows what became of it in the journal."""
+
+from collections.abc import Iterable
+
+import msgspec
+
+from daemon.state.database import Connection
+
+class RecordRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One stored record."""
+
+    model: str
+    id: str
+    kind: str
+    source: str
+    subject: str
+    body_sha256: str
+    body: bytes
+    state: str
+    """`journal` (trained or tested), `stored` (never trained), `held` (for review) or `retracted`."""
+    reason: str = ""
+    example_id: int | None = None
+    pair_id: int | None = None
+
+
+_COLUMNS = "model, id, kind, source, subject, body_sha256, body, state, reason, example_id, pair_id"
+
+
+def known_bodies(connection: Connection, model: str, ids: Iterable[str]) -> dict[str, str]:
+    """`{id: body_sha256}` of those ids that are stored already."""
+    wanted = msgspec.json.encode(list(ids)).decode()
+    rows = connection.execute(
+        "SELECT id, body_sha256 FROM record WHERE model = ? AND id IN (SELECT value FROM json_each(?))", (model, wanted)
+    )
+    return dict(rows.fetchall())
+
+
+def add(connection: Connection, rows: Iterable[RecordRow], now: float) -> None:
+    """Store new records, inside the caller's transaction; raises `sqlite3.IntegrityError` for an id that is there."""
+    connection.executemany(
+        f"INSERT INTO record ({_COLUMNS}, ingested_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            (
+                row.model, row.id, row.kind, row.source, row.subject, row.body_sha256, row.body, row.state, row.reason,
+                row.example_id, row.pair_id, now,
+            )
+            for row in rows
+        ),
+    )  # fmt: skip
+
+
+def get(connection: Connection, model: str, identity: str) -> RecordRow | None:
+    """One record."""
+    row = connection.execute(f"SELECT {_COLUMNS} FROM record WHERE model = ? AND id = ?", (model, identity)).fetchone()
+    return None if row is None else RecordRow(**dict(zip(RecordRow.__struct_fields__, row, strict=True)))
+
+
+def retractions_of(connection: Connection, model: str, ids: Iterable[str]) -> dict[str, str]:
+    """`{withdrawn id: subject}` of retractions that arrived before the records that they withdraw."""
+    wanted = msgspec.json.encode(list(ids)).decode()
+    rows = connection.execute(
+        "SELECT reason, subject FROM record WHERE state = 'stored' AND kind = 'retraction' AND model = ?"
+        " AND reason IN (SELECT value FROM json_each(?))",
+        (model, wanted),
+    )
+    return dict(rows.fetchall())
+
+
+def retract(connection: Connection, row: RecordRow, reason: str) -> int:
+    """Withdraw a record, inside the caller's transaction; returns how many examples nobody stands behind any more.
+
+    An example that another record gave as well stays: it is only attributed to that one from now on.
+    """
+    connection.execute(
+        "UPDATE record SET state = 'retracted', reason = ? WHERE model = ? AND id = ?", (reason, row.model, row.id)
+    )
+    return sum(_let_go(connection, row, each) for each in (row.example_id, row.pair_id) if each is not None)
+
+
+def _let_go(connection: Connection, row: RecordRow, example_id: int) -> int:
+    other = connection.execute(
+        "SELECT id, subject, source FROM record WHERE (example_id = ? OR pair_id = ?) AND state = 'journal'"
+        " ORDER BY rowid LIMIT 1",
+        (example_id, example_id),
+    ).fetchone()
+    if other is not None:
+        connection.execute(
+            "UPDATE example SET record_id = ?, subject = ?, source = ? WHERE id = ?", (*other, example_id)
+        )
+        return 0
+    return connection.execute(
+        "UPDATE example SET state = 'retracted' WHERE id = ? AND state <> 'retracted'", (example_id,)
+    ).rowcount
+
+
+def counts(connection: Connection, model: str) -> dict[str, int]:
+    """`{"boolean/journal": 3, ...}`: how many records there are, by kind and state."""
+    rows = connection.execute(
+        "SELECT kind || '/' || state, count(*) FROM record WHERE model = ? GROUP BY 1 ORDER BY 1", (model,)
+    )
+    return {str(key): int(number) for key, number in rows}

@@ -1,0 +1,108 @@
+"""The adapters' places in the model: K slots of a fixed maximal rank beside every linear layer.
+
+All slots of a layer stand side by side in one pair of matrices, so a batch whose rows use different adapters is
+    y = x W^T + mask(x A^T) B        x: (rows, tokens, inputs)   A: (slots * rank, inputs)   B: (slots * rank, outputs)
+where `mask` zeroes, row by row, what belongs to other slots. Smaller ranks are padded with zeros, which add nothing.
+"""
+
+import torch
+from torch import nn
+
+from serving.artifact import Pair
+from serving.refusal import Refusal
+
+BASE = -1  # the slot of a row that uses no adapter
+
+
+class Selection:
+    """Which slot each row of the batch uses in the coming forward pass; one object shared by all layers."""
+
+    def __init__(self, slots: int, rank: int, device: torch.device) -> None:
+        self._owner = torch.arange(slots, device=device).repeat_interleave(rank)  # (slots * rank,)
+        self._rank = rank
+        self.columns = slice(0, 0)  # the part of A and B that this batch needs; empty: the base alone
+        self.foreign: torch.Tensor | None = None  # (rows, 1, columns): True where a row must not see a slot
+
+    def choose(self, slots: list[int]) -> None:
+        """One slot (or BASE) per row."""
+        used = sorted(set(slots) - {BASE})
+        self.columns = slice(used[0] * self._rank, (used[-1] + 1) * self._rank) if used else slice(0, 0)
+        if len(set(slots)) <= 1:
+            self.foreign = None
+        else:
+            rows = torch.tensor(slots, device=self._owner.device)
+            self.foreign = (self._owner[self.columns] != rows[:, None])[:, None, :]
+
+
+class SlotLinear(nn.Module):
+    """A linear layer with room for K adapters."""
+
+    def __init__(self, linear: nn.Linear, slots: int, rank: int, selection: Selection) -> None:
+        super().__init__()
+        weight = linear.weight
+        self.linear, self.rank, self.selection = linear, rank, selection
+        self.a = torch.zeros(slots * rank, linear.in_features, dtype=weight.dtype, device=weight.device)
+        self.b = torch.zeros(slots * rank, linear.out_features, dtype=weight.dtype, device=weight.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (rows, tokens, inputs) -> (rows, tokens, outputs)."""
+        y: torch.Tensor = self.linear(x)
+        columns = self.selection.columns
+        if columns.start == columns.stop:
+            return y
+        h = nn.functional.linear(x, self.a[columns])
+        if self.selection.foreign is not None:
+            h = h.masked_fill(self.selection.foreign, 0.0)
+        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), self.b[columns]).view_as(y)
+
+    def padded(self, pair: Pair) -> Pair:
+        """A pair in this layer's dtype and device, padded to the slot's rank: (rank, inputs) and (rank, outputs)."""
+        a, b = pair
+        if a.shape[1] != self.a.shape[1] or b.shape[0] != self.b.shape[1]:
+            wanted = (self.a.shape[1], self.b.shape[1])
+            raise Refusal(400, f"adapter is for a layer of (inputs, outputs) {(a.shape[1], b.shape[0])}, not {wanted}")
+        room = self.a.new_zeros(self.rank, a.shape[1]), self.b.new_zeros(self.rank, b.shape[0])
+        room[0][: a.shape[0]].copy_(a)
+        room[1][: b.shape[1]].copy_(b.T)
+        return room
+
+
+class SlotBank:
+    """Every `SlotLinear` of a model."""
+
+    def __init__(self, model: nn.Module, head: nn.Module | None, slots: int, rank: int, device: torch.device) -> None:
+        """Put a `SlotLinear` in the place of every `nn.Linear` of `model` but its `head`."""
+        self.slots, self.rank = slots, rank
+        self.selection = Selection(slots, rank, device)
+        self.layers: dict[str, SlotLinear] = {}
+        linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+        for name, module in linears:
+            parent, _, child = name.rpartition(".")
+            self.layers[name] = SlotLinear(module, slots, rank, self.selection)
+            setattr(model.get_submodule(parent), child, self.layers[name])
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one adapter of the maximal rank in float32: no fitting file is larger than this and its header."""
+        return sum(4 * self.rank * (layer.a.shape[1] + layer.b.shape[1]) for layer in self.layers.values())
+
+    def prepare(self, pairs: dict[str, Pair]) -> list[torch.Tensor]:
+        """What `commit` copies, in order; off the decoding thread. Raises `Refusal` 400 for a module without a slot."""
+        unknown = sorted(pairs.keys() - self.layers.keys())
+        if unknown:
+            raise Refusal(
+                400, f"the base has no linear layer {unknown[0]!r} ({len(unknown)} such modules): wrong base?"
+            )
+        tensors: list[torch.Tensor] = []
+        for name, layer in self.layers.items():
+            if name in pairs:
+                tensors += layer.padded(pairs[name])
+            else:
+                tensors += [torch.zeros_like(layer.a[: self.rank]), torch.zeros_like(layer.b[: self.rank])]
+        return tensors
+
+    def commit(self, slot: int, tensors: list[torch.Tensor]) -> None:
+        """Overwrite a free slot, between two forward passes."""
+        part = slice(slot * self.rank, (slot + 1) * self.rank)
+        places = [side[part] for layer in self.layers.values() for side in (layer.a, layer.b)]
+        torch._foreach_copy_(places, tensors)

@@ -1,0 +1,94 @@
+"""What the serving and engine tests share: random adapters of the tiny model, and servers in threads and processes."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from starlette.types import ASGIApp
+
+ROOT = Path(__file__).resolve().parent.parent
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def make_adapter(base: Path, directory: Path, *, seed: int, rank: int = 4, alpha: float = 8.0, **config: Any) -> Path:
+    """A PEFT adapter with random weights (B too, so that it changes what the model says), saved by PEFT itself."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    settings = {"target_modules": LINEAR, "r": rank, "lora_alpha": alpha, **config}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **settings))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter.data, std=0.3)
+    model.save_pretrained(directory)
+    return directory
+
+
+def add_manifest(directory: Path) -> None:
+    """`manifest.json` with the SHA-256 of every file, as a published version has."""
+    import hashlib
+
+    files = {file.name: {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()} for file in directory.iterdir()}
+    (directory / "manifest.json").write_text(json.dumps({"files": files}))
+
+
+@contextlib.contextmanager
+def served(app: ASGIApp) -> Iterator[str]:
+    """Run an application in a thread of this process; its URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listener.close()
+
+
+class EngineProcess:
+    """`python -m serving` as a child."""
+
+    def __init__(self, *arguments: object, environment: dict[str, str] | None = None) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._command = [sys.executable, "-m", "serving", "--port", str(self.port), *map(str, arguments)]
+        self._environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+        self.start()
+
+    def start(self) -> None:
+        """Start and wait until it answers."""
+        self.process = subprocess.Popen(self._command, cwd=ROOT, env=self._environment)
+        for _ in range(600):
+            with contextlib.suppress(httpx.TransportError):
+                httpx.get(self.url + "/health")
+                return
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the engine ended with {self.process.returncode}")
+            time.sleep(0.1)
+        raise TimeoutError(self.url)
+
+    def kill(self) -> None:
+        """SIGKILL: no chance to write anything."""
+        self.process.kill()
+        self.process.wait(10)
+
+    def terminate(self) -> int:
+        """SIGTERM; the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)

@@ -1,4 +1,4 @@
-"""Tell systemd how the service is doing: the datagrams of sd_notify(3), in stdlib only.
+"""Tell systemd how the service is doing and take the sockets it hands over: sd_notify(3), sd_listen_fds(3), stdlib only.
 
 Nothing here raises: a supervisor that is gone, or was never there, must not stop the daemon. `WATCHDOG=1` belongs to
 the loop that makes progress, never to a thread of its own: a pinging thread keeps a hung daemon alive.
@@ -48,3 +48,18 @@ def watchdog_seconds() -> float | None:
     except ValueError:
         return None
     return microseconds / 1e6 if microseconds > 0 else None
+
+
+def inherited_sockets() -> list[socket.socket]:
+    """The listening sockets of the `.socket` unit, in its order; empty when we were not started through one.
+
+    They stay open in systemd while the service restarts, so that clients wait instead of being refused. To be called
+    once: the variables are taken out of the environment, since the numbers mean nothing to a child.
+    """
+    owner, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "0")
+    if owner != str(os.getpid()) or not count.isdecimal():
+        return []
+    sockets = [socket.socket(fileno=descriptor) for descriptor in range(3, 3 + int(count))]  # 3: SD_LISTEN_FDS_START
+    for each in sockets:
+        each.set_inheritable(False)
+    return sockets

@@ -2,13 +2,15 @@
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from daemon.sd_notify import notify, notify_reloading, watchdog_seconds
+from daemon.sd_notify import inherited_sockets, notify, notify_reloading, watchdog_seconds
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -75,3 +77,28 @@ def test_watchdog_of_another_process_is_not_ours(monkeypatch: pytest.MonkeyPatch
     assert watchdog_seconds() == 60.0
     monkeypatch.setenv("WATCHDOG_PID", str(os.getppid()))
     assert watchdog_seconds() is None
+
+
+def test_sockets_are_taken_over_from_systemd() -> None:
+    """A child started as systemd does it accepts on the socket that its parent listens on."""
+    program = (
+        "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid())\n"
+        "from daemon.sd_notify import inherited_sockets\n"
+        "[listener] = inherited_sockets(); assert inherited_sockets() == []; assert not listener.get_inheritable()\n"
+        "listener.accept()[0].sendall(b'hello')"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        descriptor = listener.fileno()
+        command = [sys.executable, "-c", program, str(descriptor)]
+        child = subprocess.Popen(command, pass_fds=[descriptor], env={**os.environ, "LISTEN_FDS": "1"})
+        with socket.create_connection(listener.getsockname(), timeout=30) as connection:
+            assert connection.recv(16) == b"hello"
+    assert child.wait(30) == 0
+
+
+def test_sockets_of_another_process_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LISTEN_FDS that was meant for a parent is ignored, and so is nonsense."""
+    for pid, count in ((os.getppid(), "1"), (os.getpid(), "many")):
+        monkeypatch.setenv("LISTEN_PID", str(pid))
+        monkeypatch.setenv("LISTEN_FDS", count)
+        assert inherited_sockets() == []

@@ -1,0 +1,214 @@
+"""From a published version to the live one: load, probe, flip; and back again after an engine's restart."""
+
+import time
+from collections.abc import Collection
+
+import msgspec
+
+from daemon.engines.contract import Engine, EngineRefused, EngineUnavailable, Fingerprint, ProbeFailed, Version
+from strategies.request import Canary
+
+TOLERANCE_NATS = 0.1
+"""Mean difference per token between trainer and engine that number formats explain (bfloat16 against float32)."""
+SMALLEST_EFFECT_NATS = 1e-3
+"""Canaries that an adapter changes by less cannot prove that it is served."""
+
+
+class Match(msgspec.Struct, frozen=True, kw_only=True):
+    """Mean absolute differences of log-probabilities over all canary tokens, in nats."""
+
+    to_reference: float
+    """Engine with the version, against the trainer's candidate."""
+    to_base: float
+    """Engine with the version, against the same engine with the base."""
+    effect: float
+    """Candidate against base, both by the trainer: what `to_base` should be."""
+
+
+class Activation(msgspec.Struct, frozen=True, kw_only=True):
+    """A version that went live, and what it took."""
+
+    alias: str
+    version: str
+    previous: str | None
+    match: Match
+    stage_ms: float
+    commit_ms: float
+    probe_ms: float
+    flip_ms: float
+    total_ms: float
+    evicted: list[str]
+    generation: str | None
+
+
+class Desired(msgspec.Struct, frozen=True, kw_only=True):
+    """What an alias should point to."""
+
+    alias: str
+    version: Version | None
+    """None: the base."""
+    canaries: list[Canary] = []
+    previous: Version | None = None
+    """Kept loaded, so that a rollback is only a flip."""
+
+
+class Reconciled(msgspec.Struct, frozen=True, kw_only=True):
+    """What had to be done to make an engine serve what is desired."""
+
+    epoch: str
+    activations: list[Activation] = []
+    reloaded: list[str] = []
+    errors: dict[str, str] = {}
+    """By alias: what could not be restored, and why; the others were."""
+
+
+def activate(
+    engine: Engine,
+    alias: str,
+    version: Version,
+    canaries: list[Canary],
+    *,
+    keep: Collection[str] = (),
+    tolerance: float = TOLERANCE_NATS,
+) -> Activation:
+    """Load `version`, prove that the engine answers with it, and point `alias` to it.
+
+    Until the flip nothing changes for players. Raises `ProbeFailed` or `EngineRefused` (the version cannot be served
+    there; it has been unloaded again) and `EngineUnavailable` (try again); the alias then points where it did.
+    `keep`: names that must stay loaded besides every alias's target, such as other models' previous versions.
+    """
+    started = time.perf_counter()
+    current = engine.aliases().get(alias)
+    evicted = make_room(engine, version.name, keep)
+    handle = engine.load(version)
+    probing = time.perf_counter()
+    try:
+        match = prove(engine, version.name, canaries, tolerance)
+    except EngineRefused:
+        if current != version.name:
+            engine.unload(version.name)
+        raise
+    probe_ms = (time.perf_counter() - probing) * 1e3
+    flip_ms = 0.0 if current == version.name else engine.route(alias, version.name, current).flip_ms
+    _confirm(engine, alias, version.name, current, canaries[:1])
+    return Activation(
+        alias=alias, version=version.name, previous=current, match=match, stage_ms=handle.stage_ms,
+        commit_ms=handle.commit_ms, probe_ms=probe_ms, flip_ms=flip_ms, generation=handle.generation,
+        total_ms=(time.perf_counter() - started) * 1e3, evicted=evicted,
+    )  # fmt: skip
+
+
+def make_room(engine: Engine, name: str, keep: Collection[str] = ()) -> list[str]:
+    """Unload the oldest adapters that no alias points to until one more fits; their names.
+
+    One without running requests goes first: its slot is free at once.
+    """
+    listing = engine.loaded()
+    if any(row.name == name for row in listing):
+        return []
+    protected = {*engine.aliases().values(), *keep}
+    idle = sorted(
+        (row for row in listing if row.name not in protected and row.state == "loaded"), key=lambda r: r.leases > 0
+    )
+    surplus = len(listing) + 1 - engine.capabilities().slots
+    going = [row.name for row in idle[: max(surplus, 0)]]
+    for evicted in going:
+        engine.unload(evicted)
+    return going
+
+
+def prove(engine: Engine, name: str, canaries: list[Canary], tolerance: float = TOLERANCE_NATS) -> Match:
+    """Raise `ProbeFailed` unless `name` scores the canaries as the trainer's candidate did and not as the base does."""
+    found = engine.probe(name, canaries)
+    if found.served_by != name:
+        raise ProbeFailed(f"asked for {name}, the engine answered with {found.served_by}")
+    base = engine.probe(engine.capabilities().base, canaries)
+    return judge(name, found, base, canaries, tolerance)
+
+
+def judge(
+    name: str, found: Fingerprint, base: Fingerprint, canaries: list[Canary], tolerance: float = TOLERANCE_NATS
+) -> Match:
+    """Compare three fingerprints (see `Match`); raises `ProbeFailed` with the numbers. Pure."""
+    reference = [canary.logprobs for canary in canaries]
+    match = Match(
+        to_reference=_distance(found.logprobs, reference),
+        to_base=_distance(found.logprobs, base.logprobs),
+        effect=_distance(reference, [canary.base_logprobs for canary in canaries]),
+    )
+    numbers = (
+        f"{match.to_reference:.4f} from the candidate, {match.to_base:.4f} from the base, effect {match.effect:.4f}"
+    )
+    if not match.effect >= SMALLEST_EFFECT_NATS:
+        raise ProbeFailed(f"{name}: the canaries cannot tell it from the base ({numbers}); choose other canary prompts")
+    if not match.to_base >= match.effect / 2:
+        raise ProbeFailed(f"{name}: the engine answers like the base ({numbers} nats per token)")
+    if not match.to_reference <= tolerance:
+        raise ProbeFailed(f"{name}: the engine does not answer like the candidate ({numbers} nats per token)")
+    return match
+
+
+def _distance(left: list[list[float]], right: list[list[float]]) -> float:
+    """Mean absolute difference; infinite for different shapes, NaN for NaN, and both fail every comparison."""
+    if [len(row) for row in left] != [len(row) for row in right] or not any(left):
+        return float("inf")
+    pairs = [pair for a, b in zip(left, right, strict=True) for pair in zip(a, b, strict=True)]
+    return sum(abs(a - b) for a, b in pairs) / len(pairs)
+
+
+def _confirm(engine: Engine, alias: str, name: str, before: str | None, canaries: list[Canary]) -> None:
+    """The alias itself must answer with the version; else it goes back to where it pointed."""
+    if not engine.capabilities().moves_aliases:
+        return
+    answered = engine.probe(alias, canaries).served_by
+    if answered == name:
+        return
+    if before is not None:
+        engine.route(alias, before, name)
+    raise ProbeFailed(f"{alias} was pointed to {name}, but the engine answers it with {answered}")
+
+
+def reconcile(engine: Engine, desired: list[Desired], known_epoch: str = "") -> Reconciled:
+    """Make an engine serve what is desired, as after its restart; probes again whenever the epoch is a new one.
+
+    Cheap when nothing changed: one look at health, listing and aliases. What cannot be restored is reported by alias
+    and does not stop the others. Raises `EngineUnavailable` when the engine does not answer at all.
+    """
+    health = engine.health()
+    if not health.ok:
+        raise EngineUnavailable(f"the engine is down: {health.reason}")
+    reborn = health.epoch != known_epoch
+    activations, reloaded, errors = [], [], {}
+    keep = {wish.previous.name for wish in desired if wish.previous}
+    for wish in desired:
+        try:
+            activation = _restore(engine, wish, keep, reborn)
+            activations += [activation] if activation else []
+            reloaded += _reload_previous(engine, wish)
+        except (EngineRefused, EngineUnavailable) as error:
+            errors[wish.alias] = str(error)
+    return Reconciled(epoch=health.epoch, activations=activations, reloaded=reloaded, errors=errors)
+
+
+def _restore(engine: Engine, wish: Desired, keep: Collection[str], reborn: bool) -> Activation | None:
+    current = engine.aliases().get(wish.alias)
+    if wish.version is None:
+        base = engine.capabilities().base
+        if current != base:
+            engine.route(wish.alias, base, current)
+        return None
+    loaded = {row.name for row in engine.loaded() if row.state == "loaded"}
+    if current == wish.version.name and wish.version.name in loaded and not reborn:
+        return None
+    return activate(engine, wish.alias, wish.version, wish.canaries, keep=keep)
+
+
+def _reload_previous(engine: Engine, wish: Desired) -> list[str]:
+    """Load the previous version again while there is a free slot for it."""
+    if wish.previous is None:
+        return []
+    names = [row.name for row in engine.loaded()]
+    if wish.previous.name in names or len(names) >= engine.capabilities().slots:
+        return []
+    engine.load(wish.previous)
+    return [wish.previous.name]

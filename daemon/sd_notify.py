@@ -1,4 +1,4 @@
-"""Tell systemd how the service is doing and take the sockets it hands over: sd_notify(3), sd_listen_fds(3), stdlib only.
+"""Tell systemd how the service is doing, and take its sockets: sd_notify(3) and sd_listen_fds(3), in stdlib only.
 
 Nothing here raises: a supervisor that is gone, or was never there, must not stop the daemon. `WATCHDOG=1` belongs to
 the loop that makes progress, never to a thread of its own: a pinging thread keeps a hung daemon alive.

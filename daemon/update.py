@@ -29,6 +29,7 @@ from strategies.request import (
     write,
 )
 
+COMMAND = [sys.executable, "-m", "strategies.train"]
 MEDIAN_STEPS_BEFORE_HANG = 10
 
 
@@ -85,6 +86,7 @@ class Trainer:
         self._steps: list[float] = []  # seconds between the last progress reports
         self._last: Progress | None = None
         self._seen_at = time.monotonic()
+        self._asked_to_stop = False
 
     def prepare(self, request: RunRequest) -> None:
         """`request.json` in place: the run keeps the configuration that it began with."""
@@ -99,7 +101,7 @@ class Trainer:
         try:
             with (self.run_directory / "train.log").open("ab") as log:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "strategies.train", str(self.run_directory)],
+                    [*COMMAND, str(self.run_directory)],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
                     start_new_session=True,  # its own group: a signal to the daemon's terminal is not one to the child
                     pass_fds=(lock,),
@@ -140,7 +142,8 @@ class Trainer:
             return Finished(outcome="trained", report=report)
         if report is not None:
             return Finished(outcome="failed", code=report.code, reason=report.reason, report=report)
-        if status == EXIT_INTERRUPTED:
+        # before its handler is in place, SIGTERM simply ends it: there was nothing to checkpoint yet
+        if status == EXIT_INTERRUPTED or (self._asked_to_stop and status == -signal.SIGTERM):
             return Finished(outcome="interrupted")
         how = "was gone when the daemon came back" if status is None else _describe(status)
         return Finished(outcome="died", code="died", reason=f"the trainer {how}; {tail(self.run_directory)}")
@@ -159,6 +162,7 @@ class Trainer:
         pid = self.pid
         if pid is None:
             return
+        self._asked_to_stop = True
         _signal(pid, signal.SIGTERM)
         deadline = time.monotonic() + seconds
         while self.pid is not None and time.monotonic() < deadline:
@@ -183,7 +187,7 @@ def clear(run_directory: Path) -> None:
 
 def find_trainer(run_directory: Path) -> int | None:
     """The pid of a trainer that works on this run, by its command line: one that an earlier daemon has started."""
-    wanted = [b"strategies.train", os.fsencode(run_directory)]
+    wanted = [os.fsencode(COMMAND[-1]), os.fsencode(run_directory)]
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue

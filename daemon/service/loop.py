@@ -136,5 +136,4 @@ class Service:
         self.watcher.close()
         self.clock.close()
         self.updates.stop()
-        self.serving.close()
         self.house.close()

@@ -1,4 +1,4 @@
-"""Keeps every engine on the version that is desired: activation after the gate, rollback, and reconciliation."""
+"""Keeps every engine on the versions that are desired: activation after the gate, rollback, reconciliation."""
 
 import time
 from pathlib import Path
@@ -7,8 +7,9 @@ from typing import Any
 import msgspec
 
 from daemon import publish
-from daemon.engines import build
-from daemon.engines.contract import Activation, Desired, Engine, EngineRefused, EngineUnavailable, activate, reconcile
+from daemon.engines.activate import Activation, Desired, Reconciled, activate, reconcile
+from daemon.engines.build import build
+from daemon.engines.contract import Engine, EngineRefused, EngineUnavailable, Version
 from daemon.service.house import House, log
 from daemon.state import runs
 from daemon.state.database import transaction
@@ -24,34 +25,40 @@ class Serving:
     def __init__(self, house: House) -> None:
         self._house = house
         self._engines: dict[str, Engine] = {}
+        self._epochs: dict[str, str] = {}
         self._notes: dict[str, dict[str, Any]] = {}
         self._next: dict[str, float] = {}
         self.configure()
 
     def configure(self) -> None:
         """Build the engines of the present configuration anew."""
-        self.close()
         self._engines = {name: build(engine) for name, engine in self._house.config.engines.items()}
-        self._next = {}
+        self._epochs, self._next = {}, {}
 
     def activate(self, model: str, number: int) -> Activation:
         """Verify a version's files, load it, prove it by a probe, and let the model's name point to it.
 
         Raises `EngineUnavailable` (try again), `EngineRefused` (never will) or `publish.DamagedVersion`.
         """
-        desired = self._desired(model, number)
-        activation = activate(self._engine(model), desired)
+        manifest = publish.verify(self.directory(model, number))
+        wishes = self._wishes(self._house.config.models[model].engine)
+        keep = {wish.version.name for wish in wishes if wish.version} | {w.previous.name for w in wishes if w.previous}
+        activation = activate(
+            self._engine(model), model, self._version(model, number), manifest.canaries, keep=keep
+        )  # fmt: skip
         self.note(model, f"serves {name_of(model, number)}", serving=number, state="ok")
         return activation
 
     def rollback(self, model: str, number: int | None, actor: str) -> int | None:
         """Serve another version (None: the one before the live one; 0: the base). Returns what is served then."""
         target = self._target(model, number)
-        activation = None if target is None else self.activate(model, target)
+        detail: dict[str, Any] | None = None
         if target is None:
-            self._engine(model).route(model, None)
+            engine = self._engine(model)
+            engine.route(model, engine.capabilities().base, engine.aliases().get(model))
+        else:
+            detail = msgspec.to_builtins(self.activate(model, target))
         with transaction(self._house.database) as connection:
-            detail = None if activation is None else msgspec.to_builtins(activation)
             runs.serve(connection, model, target, activation=detail, actor=actor)
         log.warning("%s is rolled back to %s by %s", model, name_of(model, target), actor)
         return target
@@ -71,25 +78,32 @@ class Serving:
 
     def reconcile(self, now: float) -> None:
         """Every few seconds: compare what each engine serves with what is desired, and mend it."""
-        pending = {run.model for run in runs.active(self._house.database) if run.state == "PUBLISHED"}
-        for name, model in self._house.config.models.items():
-            if name in pending or now < self._next.get(name, 0.0):
-                continue  # a version on its way in is activated by its run
-            self._next[name] = now + self._house.config.engines[model.engine].reconcile_seconds
-            self._reconcile_one(name)
+        for name, engine in self._house.config.engines.items():
+            if now >= self._next.get(name, 0.0):
+                self._next[name] = now + engine.reconcile_seconds
+                self._reconcile_one(name)
 
-    def _reconcile_one(self, model: str) -> None:
-        live = runs.live_version(self._house.database, model)
-        number = None if live is None else live.number
+    def _reconcile_one(self, name: str) -> None:
+        wishes = self._wishes(name)
         try:
-            desired = self._desired(model, number)
-            if reconcile(self._engine(model), desired):
-                log.warning("engine of %s had lost %s: it serves it again", model, name_of(model, number))
-            self.note(model, f"serves {name_of(model, number)}", serving=number, state="ok")
-        except EngineUnavailable as error:
-            self.note(model, str(error), state="unavailable")
-        except (EngineRefused, publish.DamagedVersion) as error:
-            self.note(model, str(error), state="refused")
+            done = reconcile(self._engines[name], wishes, self._epochs.get(name, ""))
+        except (EngineUnavailable, EngineRefused) as error:
+            for wish in wishes:
+                self.note(wish.alias, str(error))
+            return
+        self._epochs[name] = done.epoch
+        for wish in wishes:
+            self._note_reconciled(wish, done)
+
+    def _note_reconciled(self, wish: Desired, done: Reconciled) -> None:
+        if wish.alias in done.errors:
+            self.note(wish.alias, done.errors[wish.alias], state="refused")
+            return
+        number = None if wish.version is None else wish.version.number
+        if any(activation.alias == wish.alias and activation.previous != activation.version
+               for activation in done.activations):  # fmt: skip
+            log.warning("the engine had lost %s: it serves it again", name_of(wish.alias, number))
+        self.note(wish.alias, f"serves {name_of(wish.alias, number)}", serving=number, state="ok")
 
     def note(self, model: str, detail: str, *, serving: int | None = None, state: str = "unavailable") -> None:
         """What `status` shows of a model's engine; a change is logged once."""
@@ -102,12 +116,29 @@ class Serving:
         """The latest note of every model."""
         return dict(self._notes)
 
-    def _desired(self, model: str, number: int | None) -> Desired:
-        if number is None:
-            return Desired(alias=model)
-        directory = self.directory(model, number)
-        manifest = publish.verify(directory)
-        return Desired(alias=model, name=name_of(model, number), path=directory, canaries=manifest.canaries)
+    def _wishes(self, engine: str) -> list[Desired]:
+        """What each model of an engine should be served with, but for those whose new version is on its way in."""
+        arriving = {run.model for run in runs.active(self._house.database) if run.state == "PUBLISHED"}
+        models = [name for name, model in self._house.config.models.items() if model.engine == engine]
+        return [self._desired(name) for name in models if name not in arriving]
+
+    def _desired(self, model: str) -> Desired:
+        live = runs.live_version(self._house.database, model)
+        if live is None:
+            return Desired(alias=model, version=None)
+        manifest = publish.read_manifest(self.directory(model, live.number))
+        previous = live.parent
+        if previous is not None and not self.directory(model, previous).exists():
+            previous = None
+        return Desired(
+            alias=model,
+            version=self._version(model, live.number),
+            canaries=manifest.canaries if manifest is not None else [],
+            previous=None if previous is None else self._version(model, previous),
+        )
+
+    def _version(self, model: str, number: int) -> Version:
+        return Version(model=model, number=number, path=self.directory(model, number))
 
     def directory(self, model: str, number: int) -> Path:
         """`STATE/versions/MODEL/NNNN`."""
@@ -115,12 +146,6 @@ class Serving:
 
     def _engine(self, model: str) -> Engine:
         return self._engines[self._house.config.models[model].engine]
-
-    def close(self) -> None:
-        """Close the connections to the engines; they go on serving."""
-        for engine in self._engines.values():
-            engine.close()
-        self._engines = {}
 
 
 def name_of(model: str, number: int | None) -> str:

@@ -1,0 +1,16 @@
+"""`eternad status`."""
+
+from typing import Annotated
+
+import typer
+
+from daemon.cli import glance, options
+
+
+def status(
+    config: options.ConfigOption = None,
+    json: options.JsonOption = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it anew every second until Ctrl-C.")] = False,
+) -> None:
+    """What is served, what waits, what runs, what went wrong; also while the daemon is down."""
+    glance.print_status(config, json, watch)

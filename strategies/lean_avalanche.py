@@ -127,8 +127,10 @@ def _import_avalanche() -> None:
 _operators = _mend_torchvision() if _needs_mending() else None
 _import_avalanche()
 
-from avalanche.core import SupervisedPlugin  # noqa: E402 - the import that all of this is for
-from avalanche.training.plugins import EvaluationPlugin  # noqa: E402
-from avalanche.training.templates import SupervisedTemplate  # noqa: E402
+from avalanche.benchmarks.scenarios.dataset_scenario import DatasetExperience  # noqa: E402 - possible from here on
+from avalanche.benchmarks.utils.data import AvalancheDataset  # noqa: E402
+from avalanche.core import SupervisedPlugin  # noqa: E402
+from avalanche.training.plugins.evaluation import EvaluationPlugin  # noqa: E402
+from avalanche.training.templates.common_templates import SupervisedTemplate  # noqa: E402
 
-__all__ = ["EvaluationPlugin", "SupervisedPlugin", "SupervisedTemplate"]
+__all__ = ["AvalancheDataset", "DatasetExperience", "EvaluationPlugin", "SupervisedPlugin", "SupervisedTemplate"]

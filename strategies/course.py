@@ -1,0 +1,124 @@
+"""The training phase of one update: Avalanche's loop with the configured methods, early stopping and checkpoints."""
+
+import gc
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+
+from buffers.experience import Role
+from strategies import checkpoint, plugins, resume
+from strategies.adapter import Adapter
+from strategies.dataset import Item
+from strategies.early_stop import EarlyStop
+from strategies.evaluate import Probes, has_token_loss
+from strategies.pulse import Pulse
+from strategies.request import RunRequest
+from strategies.template import Events, Template, UpdateExperience, trainable
+
+SECONDS_BETWEEN_CHECKPOINTS = 60.0
+OUT_OF_MEMORY_RETRIES = 3
+TRAINED_ROLES: tuple[Role, ...] = ("new", "replay", "general")
+
+
+@dataclass
+class Course:
+    """One attempt at training; its methods are what the loop calls."""
+
+    run_directory: Path
+    request: RunRequest
+    adapter: Adapter
+    items: Mapping[Role, Sequence[Item]]
+    probes: Probes
+    pulse: Pulse
+
+    def __post_init__(self) -> None:
+        training = self.request.training
+        self.learners = plugins.build(self.request.strategies)
+        self.early = EarlyStop(
+            new=[item for item in self.probes.new if has_token_loss(item)],
+            old=[item for items in self.probes.old.values() for item in items if has_token_loss(item)],
+            patience=training.early_stop_patience,
+            old_rise=training.early_stop_old_loss,
+        )
+        self._began = self._saved = time.monotonic()
+        self._tokens_before = 0
+        """Tokens that were trained on before an interruption."""
+
+    def run(self) -> Template:
+        """Train, from the run's checkpoint if there is one; the adapter then holds the best weights."""
+        if self.request.parent_version is not None:
+            checkpoint.load_states(self.request.parent_version / "strategy", self.learners)
+        torch.manual_seed(self.request.seed)  # dropout
+        template = Template(
+            adapter=self.adapter,
+            training=self.request.training,
+            items=self.items,
+            learners=self.learners,
+            update=self.request.update_number,
+            seed=self.request.seed,
+            events=Events(self._after_start, self._after_step, self._after_epoch, self._before_consolidation),
+        )
+        rows = [item for role in TRAINED_ROLES for item in self.items.get(role, ())]
+        own = trainable(rows, template.preference_losses)
+        template.train(UpdateExperience(own, self.request.update_number), eval_streams=[])
+        return template
+
+    def _after_start(self, loop: Template) -> None:
+        parent = self.request.parent_version
+        if self.request.training.keep_optimizer and parent is not None:
+            resume.restore_optimizer(loop, checkpoint.load_optimizer(parent / "strategy"))
+        self.early.begin(self.adapter)
+        found = checkpoint.read_checkpoint(self.run_directory, self.request.experience_sha256)
+        if found is not None:
+            resume.restore(loop, self.early, *found)
+        self._tokens_before = loop.position.tokens
+        self._began = self._saved = time.monotonic()
+
+    def _after_step(self, loop: Template) -> None:
+        now = time.monotonic()
+        rate = (loop.position.tokens - self._tokens_before) / max(now - self._began, 1e-9)
+        left = loop.position.tokens / loop.step * (loop.steps - loop.step) / rate
+        self.pulse.step(
+            loop.step, loop.steps, loop.step / loop.steps * loop.train_epochs, loop.position.losses[-1][1], rate, left
+        )
+        if self.pulse.is_told_to_stop or now - self._saved > SECONDS_BETWEEN_CHECKPOINTS:
+            resume.write(self.run_directory, loop, self.early, self.request.experience_sha256)
+            self._saved = time.monotonic()
+        self.pulse.check()
+
+    def _after_epoch(self, loop: Template) -> None:
+        if reason := self.early.check(self.adapter):
+            loop.stop(reason)
+
+    def _before_consolidation(self, _: Template) -> None:
+        self.early.restore(self.adapter)
+        self.pulse.enter("fisher")
+
+
+def train(
+    run_directory: Path,
+    request: RunRequest,
+    adapter: Adapter,
+    items: Mapping[Role, Sequence[Item]],
+    probes: Probes,
+    pulse: Pulse,
+) -> Template:
+    """Train with as many tokens per forward pass as the memory allows: halved up to three times."""
+    start, training = adapter.flat.clone(), request.training
+    for _ in range(OUT_OF_MEMORY_RETRIES):
+        attempt = msgspec.structs.replace(request, training=training)
+        try:
+            return Course(run_directory, attempt, adapter, items, probes, pulse).run()
+        except (RuntimeError, MemoryError) as error:
+            if not resume.is_out_of_memory(error):
+                raise
+        training = msgspec.structs.replace(training, micro_batch_tokens=max(training.micro_batch_tokens // 2, 1))
+        adapter.assign(start)
+        checkpoint.remove_checkpoint(run_directory)  # it was cut differently: not bit for bit the same
+        gc.collect()
+    attempt = msgspec.structs.replace(request, training=training)
+    return Course(run_directory, attempt, adapter, items, probes, pulse).run()

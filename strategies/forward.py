@@ -1,0 +1,106 @@
+"""What a model says about tokenised rows: losses, log-probabilities, divergences. No weights change here."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from strategies.adapter import Adapter
+from strategies.dataset import Item, MicroBatch, micro_batches
+from strategies.token_loss import CHUNK_ROWS, row_losses, sum_by_owner
+
+FORWARD_TOKENS = 4096
+"""Tokens per forward pass where no gradient is kept."""
+
+
+class TopRows(NamedTuple):
+    """The most likely tokens at the label rows of one item; `strategies.learner.TopLogProbabilities`."""
+
+    tokens: Tensor
+    """(label rows, K) int64"""
+    logprobs: Tensor
+    """(label rows, K) float32"""
+
+
+def label_states(adapter: Adapter, micro: MicroBatch) -> Tensor:
+    """(label rows, hidden) hidden states that predict the labels."""
+    return adapter.hidden(micro.tokens)[micro.rows.to(adapter.device)]
+
+
+def _chunks(rows: int) -> Iterator[slice]:
+    return (slice(start, start + CHUNK_ROWS) for start in range(0, rows, CHUNK_ROWS))
+
+
+def sequence_logprobs(adapter: Adapter, micro: MicroBatch) -> Tensor:
+    """(items, 2) summed log-probabilities of completion and rejected completion (0 without one); differentiable."""
+    losses = row_losses(label_states(adapter, micro), adapter.head, micro.targets.to(adapter.device))
+    sums = -sum_by_owner(losses, micro.owner.to(adapter.device), len(micro.tokens))
+    items = len(micro.items)
+    rejecting = torch.tensor([item.rejected is not None for item in micro.items], device=sums.device)
+    rejected = torch.zeros(items, device=sums.device).masked_scatter(rejecting, sums[items:])
+    return torch.stack([sums[:items], rejected], dim=1)
+
+
+@torch.no_grad()
+def token_losses(adapter: Adapter, items: Sequence[Item], tokens: int = FORWARD_TOKENS) -> Tensor:
+    """(items,) float64: each item's mean NLL per completion token, in nats."""
+    losses = torch.zeros(len(items), dtype=torch.float64)
+    place = {item: index for index, item in enumerate(items)}
+    for micro in micro_batches([item for item in items if item.label_tokens], tokens):
+        logprobs = sequence_logprobs(adapter, micro)[:, 0].double().cpu()
+        for item, logprob in zip(micro.items, logprobs.tolist(), strict=True):
+            losses[place[item]] = -logprob / item.label_tokens
+    return losses
+
+
+@torch.no_grad()
+def completion_logprobs(adapter: Adapter, items: Sequence[Item], tokens: int = FORWARD_TOKENS) -> dict[Item, Tensor]:
+    """(2,) summed log-probabilities of completion and rejected completion, by item."""
+    return {
+        item: logprobs
+        for micro in micro_batches(items, tokens)
+        for item, logprobs in zip(micro.items, sequence_logprobs(adapter, micro), strict=True)
+    }
+
+
+@torch.no_grad()
+def top_rows(adapter: Adapter, items: Sequence[Item], top: int, tokens: int = FORWARD_TOKENS) -> list[TopRows]:
+    """The `top` most likely tokens at every label row, in the order of `items`."""
+    found: dict[Item, TopRows] = {}
+    for micro in micro_batches(items, tokens):
+        hidden = label_states(adapter, micro)
+        best = [adapter.head.logits(hidden[rows]).log_softmax(-1).topk(top) for rows in _chunks(len(hidden))]
+        indices, values = torch.cat([part.indices for part in best]), torch.cat([part.values for part in best])
+        for place, item in enumerate(micro.items):
+            own = micro.owner == place
+            found[item] = TopRows(indices[own], values[own])
+    return [found[item] for item in items]
+
+
+@torch.no_grad()
+def divergence(
+    adapter: Adapter, items: Sequence[Item], teacher: AbstractContextManager[None], tokens: int = FORWARD_TOKENS
+) -> Tensor:
+    """(items,) float64: mean over label rows of KL(teacher || adapter), exact over the vocabulary, in nats.
+
+    `teacher`: a context, entered once, within which `adapter` answers as the teacher.
+    """
+    means = torch.zeros(len(items), dtype=torch.float64)
+    place = {item: index for index, item in enumerate(items)}
+    cut = micro_batches(items, tokens)
+    with teacher:
+        taught = [label_states(adapter, micro) for micro in cut]
+    for micro, states in zip(cut, taught, strict=True):
+        own = label_states(adapter, micro)
+        rows = torch.cat([_kl(adapter, states[part], own[part]) for part in _chunks(len(own))]).cpu()
+        for item, total in zip(micro.items, sum_by_owner(rows.double(), micro.owner, len(micro.items)), strict=False):
+            means[place[item]] = total / item.label_tokens
+    return means
+
+
+def _kl(adapter: Adapter, teacher: Tensor, student: Tensor) -> Tensor:
+    """(rows,) KL between the distributions of two (rows, hidden) states."""
+    p, q = adapter.head.logits(teacher).log_softmax(-1), adapter.head.logits(student).log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)

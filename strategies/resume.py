@@ -1,0 +1,75 @@
+"""The bridge between a running loop and its checkpoint: everything that makes a resumed run equal an unbroken one."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from strategies.checkpoint import random_states, restore_random_states, write_checkpoint
+from strategies.early_stop import EarlyStop
+from strategies.template import Position, Template
+
+OPTIMIZER_KEYS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def optimizer_tensors(template: Template) -> dict[str, Tensor]:
+    """AdamW's moments (parameters,) and its step count; empty before the first step."""
+    state = template.optimizer.state.get(template.adapter.parameter, {})
+    return {key: state[key] for key in OPTIMIZER_KEYS if key in state}
+
+
+def restore_optimizer(template: Template, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`."""
+    if set(OPTIMIZER_KEYS) <= tensors.keys():
+        moments = {key: tensors[key].to(template.device) for key in ("exp_avg", "exp_avg_sq")}
+        template.optimizer.state[template.adapter.parameter] = {**moments, "step": tensors["step"]}
+
+
+def write(run_directory: Path, template: Template, early: EarlyStop, experience_sha256: str) -> None:
+    """Write the checkpoint of a loop between two steps."""
+    tensors = {"flat": template.adapter.flat, "random/loop": template.generator.get_state(), **random_states()}
+    tensors |= {f"optimizer/{key}": tensor for key, tensor in optimizer_tensors(template).items()}
+    if early.best is not None:
+        tensors["best"] = early.best
+    notes: dict[str, Any] = {"position": asdict(template.position), "learners": {}, "early": _early_notes(early)}
+    for learner in template.learners:
+        own, notes["learners"][learner.name] = learner.state()
+        tensors |= {f"learner/{learner.name}/{key}": tensor for key, tensor in own.items()}
+    notes["micro_batch_tokens"] = template.micro_batch_tokens
+    write_checkpoint(run_directory, template.step, tensors, notes, experience_sha256)
+
+
+def restore(template: Template, early: EarlyStop, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
+    """Put a loop that has been set up, and done no step, where the checkpoint was written."""
+    position = notes["position"]
+    template.position = Position(**{**position, "losses": [(int(step), loss) for step, loss in position["losses"]]})
+    template.adapter.assign(tensors["flat"].to(template.device))
+    restore_optimizer(template, _under(tensors, "optimizer/"))
+    for learner in template.learners:
+        learner.load_state(_under(tensors, f"learner/{learner.name}/"), notes["learners"].get(learner.name, {}))
+    for key, value in notes["early"].items():
+        setattr(early, key, value)
+    early.best = tensors["best"].to(template.device) if "best" in tensors else None
+    template.clock.train_exp_iterations = template.clock.train_iterations = template.step
+    template.generator.set_state(tensors["random/loop"])
+    restore_random_states(tensors)
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _early_notes(early: EarlyStop) -> dict[str, Any]:
+    keys = ("start_old", "best_loss", "worse_epochs", "history")
+    return {key: getattr(early, key) for key in keys}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a smaller micro-batch could help."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        text in str(error) for text in ("can't allocate memory", "not enough memory", "out of memory")
+    )

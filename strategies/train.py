@@ -1,0 +1,200 @@
+"""One whole update: `python -m strategies.train RUN_DIR`.
+
+Reads `request.json` and `experience.jsonl` in RUN_DIR and leaves `adapter/`, `strategy/` and, last, `report.json`
+there; files and exit codes are described in `strategies.request`.
+"""
+
+import os
+
+# before torch is imported: spinning threads beside busy neighbours never end, and nothing here may ask the network
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import hashlib
+import importlib.metadata
+import resource
+import sys
+import traceback
+from collections import defaultdict
+from pathlib import Path
+
+import msgspec
+import torch
+
+from buffers import experience
+from buffers.experience import Role
+from strategies import checkpoint, resume
+from strategies.adapter import Adapter, load_adapter
+from strategies.base_hash import base_sha256
+from strategies.catalog import Replay
+from strategies.course import train
+from strategies.dataset import Item, tokenise
+from strategies.evaluate import Probes, canary, evaluation, score
+from strategies.failure import Failure
+from strategies.pulse import Interrupted, Pulse
+from strategies.request import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_TRAINED,
+    RunReport,
+    RunRequest,
+    read_report,
+    read_request,
+    write,
+)
+from strategies.template import Template
+
+LIBRARIES = ("torch", "transformers", "peft", "avalanche-lib", "safetensors", "tokenizers")
+
+
+def update(run_directory: Path, request: RunRequest, pulse: Pulse) -> RunReport:
+    """One update from request to report, in the order in which it happens. Raises `Failure`, `Interrupted`."""
+    pulse.enter("load")
+    torch.set_num_threads(request.threads)
+    adapter = load(request)
+    items = read_items(run_directory, request, adapter)
+    probes = take_probes(items)
+
+    pulse.enter("baseline")
+    with adapter.disabled():
+        base = score(adapter, probes)
+    # a fresh adapter answers like the base: B = 0
+    before = base if request.parent_version is None else score(adapter, probes)
+
+    pulse.enter("train")
+    template = train(run_directory, request, adapter, items, probes, pulse)
+
+    pulse.enter("evaluate")
+    judged = evaluation(adapter, probes, base, before, template.start, request.seed)
+    canaries = [canary(adapter, prompt) for prompt in request.canary_prompts]
+
+    pulse.enter("save")
+    save(run_directory, request, template)
+    seconds = pulse.finish()
+    position = template.position
+    return RunReport(
+        run_id=request.run_id,
+        status="trained",
+        examples=count(items, request),
+        replay_ratio=replay_ratio(items),
+        steps=position.step,
+        epochs=position.step / template.steps * template.train_epochs,
+        stopped_early=position.stopped_early,
+        tokens=position.tokens,
+        seconds=seconds,
+        tokens_per_second=position.tokens / max(seconds["train"], 1e-9),
+        losses=position.losses,
+        evaluation=judged,
+        canaries=canaries,
+        strategies=position.counters,
+        peak_memory_bytes=peak_memory_bytes(),
+        libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
+        base_sha256=base_sha256(request.base_path, request.general_cache),
+    )
+
+
+def load(request: RunRequest) -> Adapter:
+    """The base model with the parent's adapter, or a fresh one."""
+    adapter = load_adapter(
+        request.base_path, request.lora, precision=request.training.precision, device=request.device, seed=request.seed
+    )
+    if request.parent_version is not None:
+        adapter.load(request.parent_version)
+    return adapter
+
+
+def read_items(run_directory: Path, request: RunRequest, adapter: Adapter) -> dict[Role, list[Item]]:
+    """The tokenised rows of `experience.jsonl` by role."""
+    path = run_directory / "experience.jsonl"
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise Failure("experience_unreadable", f"cannot read {path}: {error}") from error
+    if digest != request.experience_sha256:
+        raise Failure("experience_damaged", f"{path} is not what the request names; cut the experience again")
+    items: dict[Role, list[Item]] = defaultdict(list)
+    for index, row in enumerate(experience.read(path)):
+        items[row.role].append(tokenise(row, index, adapter.tokenizer, request.training.sequence_tokens))
+    return items
+
+
+def take_probes(items: dict[Role, list[Item]]) -> Probes:
+    """The rows to evaluate on. Every fifth general row becomes one: drift is not measured on what is trained."""
+    general = items["general"]
+    probed, items["general"] = (general[::5], [item for place, item in enumerate(general) if place % 5])
+    old: dict[int, list[Item]] = defaultdict(list)
+    for item in items["heldout_old"]:
+        old[item.update].append(item)
+    return Probes(new=items["heldout_new"], old=dict(old), eval=items["eval"], general=probed)
+
+
+def save(run_directory: Path, request: RunRequest, template: Template) -> None:
+    """Adapter and states of the methods, each file fsynced; the checkpoint is of no more use."""
+    if not template.adapter.is_finite():
+        raise Failure("non_finite_weights", "the trained adapter holds NaN or infinity; lower learning_rate")
+    template.adapter.save(run_directory / "adapter")
+    checkpoint.save_states(run_directory / "strategy", template.learners)
+    if request.training.keep_optimizer:
+        checkpoint.save_optimizer(run_directory / "strategy", resume.optimizer_tensors(template))
+
+
+def count(items: dict[Role, list[Item]], request: RunRequest) -> dict[str, int]:
+    """Rows by role, those that were cut to `sequence_tokens`, and what the replay fell short of."""
+    ratio = next((strategy.ratio for strategy in request.strategies if isinstance(strategy, Replay)), 0.0)
+    wanted = round(len(items["new"]) * ratio / (1 - ratio))
+    return {
+        **{str(role): len(rows) for role, rows in items.items() if rows},
+        "cut": sum(item.was_cut for rows in items.values() for item in rows),
+        "shortfall": max(wanted - len(items["replay"]), 0),
+    }
+
+
+def replay_ratio(items: dict[Role, list[Item]]) -> float:
+    """Share of replayed rows among new and replayed ones."""
+    return len(items["replay"]) / max(len(items["new"]) + len(items["replay"]), 1)
+
+
+def peak_memory_bytes() -> int:
+    """Of this process; of the GPU where one was used."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def attempt(run_directory: Path, pulse: Pulse) -> RunReport:
+    """The report of the run, whatever happens; only `Interrupted` leaves without one."""
+    run_id = run_directory.name
+    try:
+        request = read_request(run_directory)
+        run_id = request.run_id
+        return update(run_directory, request, pulse)
+    except Failure as failure:
+        code, reason = failure.code, failure.reason
+    except (OSError, msgspec.MsgspecError) as error:
+        code, reason = "bad_input", f"{run_directory}: {error}"
+    except (RuntimeError, MemoryError, ValueError, KeyError, TypeError) as error:
+        traceback.print_exc()
+        code = "oom" if resume.is_out_of_memory(error) else "internal"
+        reason = f"{type(error).__name__}: {error}; the traceback is in the log of the run"
+    return RunReport(run_id=run_id, status="failed", code=code, reason=reason, seconds=pulse.finish())
+
+
+def main() -> int:
+    """Command line: RUN_DIR; returns the exit code. A run that has its report is not done again."""
+    run_directory = Path(sys.argv[1])
+    report = read_report(run_directory)
+    if report is None:
+        pulse = Pulse(run_directory)
+        pulse.listen()
+        try:
+            report = attempt(run_directory, pulse)
+        except Interrupted:
+            return EXIT_INTERRUPTED
+        write(run_directory / "report.json", report)
+    checkpoint.remove_checkpoint(run_directory)
+    return EXIT_TRAINED if report.status == "trained" else EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,24 +5,9 @@ from collections.abc import Collection
 
 import msgspec
 
-from daemon.engines.contract import Engine, EngineRefused, EngineUnavailable, Fingerprint, ProbeFailed, Version
+from daemon.engines.contract import Engine, EngineRefused, EngineUnavailable, ProbeFailed, Version
+from daemon.engines.proof import TOLERANCE_NATS, Match, judge
 from strategies.request import Canary
-
-TOLERANCE_NATS = 0.1
-"""Mean difference per token between trainer and engine that number formats explain (bfloat16 against float32)."""
-SMALLEST_EFFECT_NATS = 1e-3
-"""Canaries that an adapter changes by less cannot prove that it is served."""
-
-
-class Match(msgspec.Struct, frozen=True, kw_only=True):
-    """Mean absolute differences of log-probabilities over all canary tokens, in nats."""
-
-    to_reference: float
-    """Engine with the version, against the trainer's candidate."""
-    to_base: float
-    """Engine with the version, against the same engine with the base."""
-    effect: float
-    """Candidate against base, both by the trainer: what `to_base` should be."""
 
 
 class Activation(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,14 +89,13 @@ def make_room(engine: Engine, name: str, keep: Collection[str] = ()) -> list[str
     One without running requests goes first: its slot is free at once.
     """
     listing = engine.loaded()
-    if any(row.name == name for row in listing):
+    if any(row.name == name and row.state == "loaded" for row in listing):
         return []
     protected = {*engine.aliases().values(), *keep}
-    idle = sorted(
-        (row for row in listing if row.name not in protected and row.state == "loaded"), key=lambda r: r.leases > 0
-    )
-    surplus = len(listing) + 1 - engine.capabilities().slots
-    going = [row.name for row in idle[: max(surplus, 0)]]
+    idle = [row for row in listing if row.name not in protected and row.state == "loaded"]
+    draining = sum(row.state == "draining" for row in listing)  # their slots come free by themselves
+    surplus = len(listing) - draining + 1 - engine.capabilities().slots
+    going = [row.name for row in sorted(idle, key=lambda row: row.leases > 0)[: max(surplus, 0)]]
     for evicted in going:
         engine.unload(evicted)
     return going
@@ -123,37 +107,7 @@ def prove(engine: Engine, name: str, canaries: list[Canary], tolerance: float = 
     if found.served_by != name:
         raise ProbeFailed(f"asked for {name}, the engine answered with {found.served_by}")
     base = engine.probe(engine.capabilities().base, canaries)
-    return judge(name, found, base, canaries, tolerance)
-
-
-def judge(
-    name: str, found: Fingerprint, base: Fingerprint, canaries: list[Canary], tolerance: float = TOLERANCE_NATS
-) -> Match:
-    """Compare three fingerprints (see `Match`); raises `ProbeFailed` with the numbers. Pure."""
-    reference = [canary.logprobs for canary in canaries]
-    match = Match(
-        to_reference=_distance(found.logprobs, reference),
-        to_base=_distance(found.logprobs, base.logprobs),
-        effect=_distance(reference, [canary.base_logprobs for canary in canaries]),
-    )
-    numbers = (
-        f"{match.to_reference:.4f} from the candidate, {match.to_base:.4f} from the base, effect {match.effect:.4f}"
-    )
-    if not match.effect >= SMALLEST_EFFECT_NATS:
-        raise ProbeFailed(f"{name}: the canaries cannot tell it from the base ({numbers}); choose other canary prompts")
-    if not match.to_base >= match.effect / 2:
-        raise ProbeFailed(f"{name}: the engine answers like the base ({numbers} nats per token)")
-    if not match.to_reference <= tolerance:
-        raise ProbeFailed(f"{name}: the engine does not answer like the candidate ({numbers} nats per token)")
-    return match
-
-
-def _distance(left: list[list[float]], right: list[list[float]]) -> float:
-    """Mean absolute difference; infinite for different shapes, NaN for NaN, and both fail every comparison."""
-    if [len(row) for row in left] != [len(row) for row in right] or not any(left):
-        return float("inf")
-    pairs = [pair for a, b in zip(left, right, strict=True) for pair in zip(a, b, strict=True)]
-    return sum(abs(a - b) for a, b in pairs) / len(pairs)
+    return judge(name, found.logprobs, base.logprobs, canaries, tolerance)
 
 
 def _confirm(engine: Engine, alias: str, name: str, before: str | None, canaries: list[Canary]) -> None:
@@ -163,8 +117,7 @@ def _confirm(engine: Engine, alias: str, name: str, before: str | None, canaries
     answered = engine.probe(alias, canaries).served_by
     if answered == name:
         return
-    if before is not None:
-        engine.route(alias, before, name)
+    engine.route(alias, before or engine.capabilities().base, name)
     raise ProbeFailed(f"{alias} was pointed to {name}, but the engine answers it with {answered}")
 
 

@@ -41,6 +41,19 @@ class Ewc(msgspec.Struct, frozen=True, tag_field="name", tag="ewc", forbid_unkno
     """Weight of the pre-training task (Fisher information on general text, taken before the first update)."""
 
 
+class Kronecker(msgspec.Struct, frozen=True, tag_field="name", tag="kronecker", forbid_unknown_fields=True):
+    """EWC on dW = s B A instead of A and B, with the diagonal of the Kronecker factors (K-FAC, arXiv:1503.05671)."""
+
+    strength: NotNegative = 1.0
+    decay: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.95
+    samples: Count = 64
+    """Examples whose activations and gradients give the factors."""
+    normalise: bool = True
+    """Scale each update's importances to mean 1 over all weights."""
+    general: NotNegative = 0.0
+    """Weight of the pre-training task (importances on general text, taken before the first update)."""
+
+
 class Gem(msgspec.Struct, frozen=True, tag_field="name", tag="gem", forbid_unknown_fields=True):
     """Gradient episodic memory (Lopez-Paz & Ranzato, arXiv:1706.08840): one constraint per past update."""
 
@@ -84,10 +97,11 @@ class DerPlusPlus(msgspec.Struct, frozen=True, tag_field="name", tag="derpp", fo
     """At most so many examples keep their stored answers: as many as the replay buffer holds."""
 
 
-Strategy = Replay | Ewc | Gem | AGem | Distill | DerPlusPlus
+Strategy = Replay | Ewc | Kronecker | Gem | AGem | Distill | DerPlusPlus
 BY_NAME: dict[str, type[Strategy]] = {
     "replay": Replay,
     "ewc": Ewc,
+    "kronecker": Kronecker,
     "gem": Gem,
     "agem": AGem,
     "distill": Distill,

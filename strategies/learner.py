@@ -39,6 +39,8 @@ class Parameters(Protocol):
     """(parameters,): every LoRA parameter is a view of it; assign with `copy_` only."""
     gradient: Tensor
     """(parameters,): the accumulated gradient of the current optimiser step; change it in place."""
+    model: Any
+    """peft's model; the leaves of its LoRA layers and their `grad` are views of `flat` and `gradient`."""
 
 
 class TopLogProbabilities(Protocol):

@@ -9,6 +9,7 @@ from strategies.derpp import DarkReplay
 from strategies.distill import Distillation
 from strategies.ewc import ElasticWeightConsolidation
 from strategies.gem import GradientEpisodicMemory
+from strategies.kronecker import KroneckerConsolidation
 from strategies.learner import Learner
 from strategies.replay import Rehearsal
 
@@ -17,6 +18,7 @@ IN_ORDER: dict[type, Callable[[Any], Learner]] = {
     catalog.Distill: Distillation,
     catalog.DerPlusPlus: DarkReplay,
     catalog.Ewc: ElasticWeightConsolidation,
+    catalog.Kronecker: KroneckerConsolidation,
     # projections come last: what is added to the gradient after them could break the constraints that they met
     catalog.Gem: GradientEpisodicMemory,
     catalog.AGem: AveragedGem,

@@ -11,6 +11,7 @@ optimiser step over `batch_examples` examples, in as many forward passes as `mic
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -132,10 +133,12 @@ class Template(SupervisedTemplate[Any, Any, Any]):
 
     def teacher_top(self, items: Sequence[Item], teacher: Teacher, top: int) -> list[TopRows]:
         """The teacher's `top` most likely tokens at every label row of every item."""
-        with (
-            self.adapter.without_dropout(),
-            self.adapter.disabled() if teacher == "base" else self.adapter.holding(self.start),
-        ):
+        weights: dict[Teacher, Callable[[], AbstractContextManager[None]]] = {
+            "base": self.adapter.disabled,
+            "previous": lambda: self.adapter.holding(self.start),
+            "current": nullcontext,
+        }
+        with self.adapter.without_dropout(), weights[teacher]():
             return top_rows(self.adapter, items, top)
 
     def report(self, name: str, key: str, value: float) -> None:

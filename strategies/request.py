@@ -183,7 +183,7 @@ def write(path: Path, value: Any) -> None:
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
-        file.write(msgspec.json.encode(value))
+        file.write(msgspec.json.encode(value, enc_hook=str))  # paths
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -196,7 +196,13 @@ def write(path: Path, value: Any) -> None:
 
 def read_request(run_directory: Path) -> RunRequest:
     """`request.json`, strictly; raises `msgspec.ValidationError` naming the field."""
-    return msgspec.json.decode((run_directory / "request.json").read_bytes(), type=RunRequest)
+    return msgspec.json.decode((run_directory / "request.json").read_bytes(), type=RunRequest, dec_hook=_path)
+
+
+def _path(kind: type, value: Any) -> Any:
+    if kind is Path:
+        return Path(value)
+    raise TypeError(f"no {kind} in a request")
 
 
 def read_report(run_directory: Path) -> RunReport | None:

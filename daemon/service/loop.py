@@ -1,8 +1,10 @@
 """The daemon's loop: `tick(now)` reads like the way of the data, and can be called by a test without any waiting."""
 
+import os
 import queue
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from daemon.service.house import House, log
 from daemon.service.orders import Orders, Said
 from daemon.service.serving import Serving
 from daemon.service.updates import Updates
-from daemon.state import runs
+from daemon.state import files, runs
 from daemon.state.database import set_setting, setting, transaction
 from daemon.watch import Watcher
 
@@ -24,11 +26,11 @@ class Service:
     """Everything that runs inside the daemon."""
 
     def __init__(self, config: Config, config_path: Path) -> None:
-        self.config_path = config_path
+        self.config_path, self.started_at = config_path, time.time()
         self.house = House(config)
         self.serving = Serving(self.house)
         self.updates = Updates(self.house, self.serving)
-        self.watcher = Watcher(config.library_directory, config.watch)
+        self.watcher: Watcher | None = None
         self.clock = schedule.Clock()
         self.commands: Commands = queue.SimpleQueue()
         self.orders = Orders(self.house, self.updates, self.serving)
@@ -36,8 +38,15 @@ class Service:
 
     def start(self) -> None:
         """Begin to watch and to keep time."""
-        self.watcher.start()
+        self._watch()
         self.clock.start(self.house.config.models, self._last_fires())
+
+    def _watch(self) -> None:
+        """Watch the library by the present configuration; the first look is a whole scan."""
+        if self.watcher is not None:
+            self.watcher.stop()
+        self.watcher = Watcher(self.house.config.library_directory, self.house.config.watch)
+        self.watcher.start()
 
     def tick(self, now: float) -> None:
         """One turn: take in what was dropped, move runs on, start what is due, keep engines on their version."""
@@ -59,12 +68,26 @@ class Service:
 
     def take_in(self, now: float) -> int:
         """Finished files into the journal; how many files were read."""
-        taken = 0
-        for finished in self.watcher.finished(now, self.house.database):
-            ingest.ingest_file(self.house.database, self.house.config, finished, now)
+        if self.watcher is None:
+            return 0
+        known = partial(files.known, self.house.database)
+        found = self.watcher.finished(now, known)
+        for finished in found:
+            self._take_in(finished, now)
             sd_notify.notify(WATCHDOG=1)  # a large drop is progress, too
-            taken += 1
-        return taken
+        return len(found)
+
+    def _take_in(self, finished: files.Finished, now: float) -> None:
+        """The daemon's other catch-all boundary: one file that breaks is tried again later, the others go on."""
+        try:
+            outcome = ingest.ingest_file(self.house.database, self.house.config, finished, now)
+        except Exception:
+            log.exception("%r could not be taken in; it is tried again at the next scan", finished.path)
+            return
+        if outcome.state == "quarantined":
+            log.warning("%s", outcome.reason)
+        else:
+            log.info("%s: %s, %d new, %d duplicates", outcome.path, outcome.state, outcome.new, outcome.duplicates)
 
     def start_due(self, now: float) -> None:
         """Start the runs that are due, one per model, none while paused or while the disk is nearly full."""
@@ -98,7 +121,8 @@ class Service:
         return free < self.house.config.disk_free_bytes_min
 
     def _scan(self, _command: Command) -> Said:
-        self.watcher.request_scan()
+        if self.watcher is not None:
+            self.watcher.request_scan()
         taken = self.take_in(time.time())
         return f"scanned; {taken} finished files were read", {"files": taken}
 
@@ -117,14 +141,20 @@ class Service:
             sd_notify.notify(READY=1)
         self.house.config = config
         self.serving.configure()
-        self.watcher.configure(config.watch)
+        self._watch()
         self.clock.declare(config.models, self._last_fires())
         log.info("configuration taken from %s", self.config_path)
         return f"configuration taken from {self.config_path}", {}
 
     def snapshot(self) -> dict[str, Any]:
         """What only the running daemon knows; called from other threads, so it touches no database."""
-        return {"engines": self.serving.notes(), "degraded": self.watcher.degraded, "counters": self.watcher.counters()}
+        return {
+            "pid": os.getpid(),
+            "started_at": self.started_at,
+            "config_path": str(self.config_path),
+            "engines": self.serving.notes(),
+            "degraded": None if self.watcher is None else self.watcher.degraded,
+        }
 
     def _last_fires(self) -> dict[str, float]:
         names = [f"{model}/{kind}" for model in self.house.config.models for kind in ("cron", "interval")]
@@ -133,7 +163,8 @@ class Service:
 
     def close(self) -> None:
         """Stop in order: no new work, running trainers checkpoint, the database last."""
-        self.watcher.close()
+        if self.watcher is not None:
+            self.watcher.stop()
         self.clock.close()
         self.updates.stop()
         self.house.close()

@@ -172,7 +172,7 @@ class Updates:
             self._serving.note(run.model, str(error))
             return None  # the version stays desired; the next turn tries again
         except (EngineRefused, publish.DamagedVersion) as error:
-            return self._refused(run, str(error))
+            return self._fail(run, "refused", str(error))  # the version before goes on serving
         failpoint.reach("LIVE:before")
         with transaction(self._house.database) as connection:
             journal.consume(connection, run.id, run.update_number)
@@ -182,12 +182,6 @@ class Updates:
         log.info("%s@%04d is live (%s)", run.model, run.version, run.reason)
         self._drop_bulk(run)
         return moved
-
-    def _refused(self, run: Run, reason: str) -> Run:
-        """The engine will never take this version: the one before goes on serving."""
-        with transaction(self._house.database) as connection:
-            runs.set_version_state(connection, run.model, run.version or 0, "failed")
-        return self._fail(run, "refused", reason)
 
     # -- helpers of all states ------------------------------------------------------------------------------------
 
@@ -207,6 +201,8 @@ class Updates:
         failpoint.reach(f"{to}:before")
         with transaction(self._house.database) as connection:
             moved = runs.move(connection, run, to, reason, **columns)
+            if run.version is not None:
+                runs.set_version_state(connection, run.model, run.version, "failed")
             attempts_max = self._house.config.run_attempts_max
             rejected = journal.release(connection, run.id, attempts_max=attempts_max, failed=held_against)
         failpoint.reach(f"{to}:after")

@@ -70,7 +70,7 @@ MIGRATIONS: list[tuple[str, str]] = [
           offset INTEGER NOT NULL DEFAULT 0,  -- bytes of complete lines that are in the journal (feedback files)
           tail_sha256 TEXT NOT NULL DEFAULT '',  -- of the 64 bytes before `offset`: the marker of a truncation
           lines INTEGER NOT NULL DEFAULT 0,
-          state TEXT NOT NULL,                -- read | quarantined
+          state TEXT NOT NULL,                -- read | partial | refused | quarantined
           updated_at REAL NOT NULL
         );
         CREATE INDEX file_inode ON file (dev, ino);
@@ -91,6 +91,7 @@ MIGRATIONS: list[tuple[str, str]] = [
         );
         CREATE INDEX record_example ON record (example_id) WHERE example_id IS NOT NULL;
         CREATE INDEX record_subject ON record (subject);
+        CREATE INDEX record_withdrawn ON record (model, reason) WHERE kind = 'retraction';
         CREATE INDEX record_state ON record (state, model) WHERE state <> 'journal';
         CREATE TABLE quarantine (
           id INTEGER PRIMARY KEY AUTOINCREMENT,

@@ -42,7 +42,7 @@ class FileRow(msgspec.Struct, frozen=True, kw_only=True):
     """Of the min(64, offset) bytes before `offset`: differs after a truncation that was written over."""
     lines: int = 0
     state: str = "read"
-    """`read`, `partial` (more lines wait) or `quarantined`."""
+    """`read`, `partial` (more lines wait), `refused` (to be moved to the quarantine) or `quarantined`."""
 
 
 _COLUMNS = "path, dev, ino, size, mtime_ns, ctime_ns, head_sha256, sha256, offset, tail_sha256, lines, state"
@@ -56,9 +56,13 @@ def _row(values: tuple[object, ...]) -> FileRow:
 
 
 def known(connection: Connection, path: str) -> Signature | None:
-    """The signature under which a path was read to its end or refused; None when there is something to do."""
+    """The signature under which a path was read or refused; None when there is everything still to do.
+
+    While lines of a feedback file wait, its size is what was read so far, so that it differs from the file's.
+    """
     row = connection.execute(
-        "SELECT dev, ino, size, mtime_ns, ctime_ns FROM file WHERE path = ? AND state <> 'partial'", (path,)
+        "SELECT dev, ino, size, mtime_ns, ctime_ns FROM file WHERE path = ? AND state <> 'refused'",
+        (path,),
     ).fetchone()
     return None if row is None else Signature(*row)
 

@@ -43,9 +43,7 @@ class QuarantineRow(msgspec.Struct, frozen=True, kw_only=True):
     first_seen: float
 
 
-_COLUMNS = (
-    "id, path, line, byte_offset, code, stage, message, sha256, stored, excerpt, retryable, attempts, first_seen"
-)
+_COLUMNS = "id, path, line, byte_offset, code, stage, message, sha256, stored, excerpt, retryable, attempts, first_seen"
 
 
 def add(

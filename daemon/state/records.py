@@ -6,6 +6,7 @@ import msgspec
 
 from daemon.state.database import Connection
 
+
 class RecordRow(msgspec.Struct, frozen=True, kw_only=True):
     """One stored record."""
 
@@ -59,7 +60,7 @@ def retractions_of(connection: Connection, model: str, ids: Iterable[str]) -> di
     """`{withdrawn id: subject}` of retractions that arrived before the records that they withdraw."""
     wanted = msgspec.json.encode(list(ids)).decode()
     rows = connection.execute(
-        "SELECT reason, subject FROM record WHERE state = 'stored' AND kind = 'retraction' AND model = ?"
+        "SELECT reason, subject FROM record WHERE kind = 'retraction' AND model = ?"
         " AND reason IN (SELECT value FROM json_each(?))",
         (model, wanted),
     )
@@ -74,10 +75,10 @@ def retract(connection: Connection, row: RecordRow, reason: str) -> int:
     connection.execute(
         "UPDATE record SET state = 'retracted', reason = ? WHERE model = ? AND id = ?", (reason, row.model, row.id)
     )
-    return sum(_let_go(connection, row, each) for each in (row.example_id, row.pair_id) if each is not None)
+    return sum(_let_go(connection, each) for each in (row.example_id, row.pair_id) if each is not None)
 
 
-def _let_go(connection: Connection, row: RecordRow, example_id: int) -> int:
+def _let_go(connection: Connection, example_id: int) -> int:
     other = connection.execute(
         "SELECT id, subject, source FROM record WHERE (example_id = ? OR pair_id = ?) AND state = 'journal'"
         " ORDER BY rowid LIMIT 1",

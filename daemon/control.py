@@ -158,16 +158,21 @@ class _Requests(BaseHTTPRequestHandler):
         self._send(200, {"at": time.time(), **self._ours.snapshot()})
 
     def do_POST(self) -> None:
-        length = int(self.headers.get("Content-Length") or 0)
-        if self.path != "/v1/commands" or length > BODY_BYTES_MAX:
-            self.close_connection = True
-            return self._send(404 if length <= BODY_BYTES_MAX else 413, {"error": "POST /v1/commands, 64 KiB at most"})
+        length = self.headers.get("Content-Length", "0")
+        if self.path != "/v1/commands" or not (length.isascii() and length.isdigit()):
+            return self._refuse(400, "POST an order to /v1/commands, with its Content-Length")
+        if int(length) > BODY_BYTES_MAX:
+            return self._refuse(413, f"an order has {BODY_BYTES_MAX} bytes at most")
         try:
-            order = msgspec.json.decode(self.rfile.read(length), type=Order)
+            order = msgspec.json.decode(self.rfile.read(int(length)), type=Order)
         except msgspec.DecodeError as error:
-            return self._send(400, {"error": str(error)})
+            return self._refuse(400, str(error))
         reply = self._run(order)
         self._send(202 if reply.queued else 200 if reply.ok else 409, reply)
+
+    def _refuse(self, status: int, reason: str) -> None:
+        self.close_connection = True  # what follows on this connection may be the rest of a body
+        self._send(status, {"error": reason})
 
     def _run(self, order: Order) -> Reply:
         command = Command(order, actor=f"uid:{_peer_uid(self.connection)}")
@@ -229,7 +234,8 @@ class Client:
         except PermissionError:
             raise NotRunning(f"{self.path}: permission denied; join the socket's group, or use sudo") from None
         except (OSError, http.client.HTTPException) as error:
-            raise NotRunning(f"nothing answers at {self.path} ({error}); start it with: eternad run") from None
+            reason = getattr(error, "strerror", None) or str(error)
+            raise NotRunning(f"nothing answers at {self.path} ({reason}); start it with: eternad run") from None
         finally:
             connection.close()
         if response.status in (200, 202, 409):

@@ -33,6 +33,10 @@ def _run(arguments: list[str]) -> int:
         else:
             from daemon.cli.app import app
 
+            if "_ETERNAD_COMPLETE" in os.environ:  # a shell asks by the script of `eternad completion`
+                from typer.completion import completion_init
+
+                completion_init()
             app(args=arguments, prog_name="eternad")
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)

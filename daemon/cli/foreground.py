@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def run(config: options.ConfigOption = None) -> None:
-    """The daemon, in the foreground, until SIGTERM; systemd runs this."""
+    """The daemon, in the foreground, until SIGTERM."""
     from daemon import service
 
     raise typer.Exit(service.run(context.config_path(config)))
@@ -26,7 +26,10 @@ def serve(
     config: options.ConfigOption = None,
     url: Annotated[str | None, typer.Option("--url", help="Which of the engine's urls, if it has several.")] = None,
 ) -> None:
-    """An embedded engine of the configuration, in the foreground, in this process's place."""
+    """An embedded engine, in the foreground.
+
+    Base, rank, slots and address by the configuration; takes this process's place.
+    """
     loaded = context.load(config)
     arguments = arguments_of(loaded, _name(loaded, engine), url)
     os.execv(sys.executable, [sys.executable, "-m", "serving", *arguments])

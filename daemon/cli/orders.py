@@ -25,14 +25,17 @@ def order(config: Path | None, json: bool, **fields: Any) -> "Reply":
 
 
 def scan(config: options.ConfigOption = None, json: options.JsonOption = False) -> None:
-    """Compare the whole library with what is known, now."""
+    """Look through the whole library now."""
     order(config, json, action="scan")
 
 
 def pause(
     model: options.ModelOrAll = None, config: options.ConfigOption = None, json: options.JsonOption = False
 ) -> None:
-    """Start no update, of one model or of all, until `resume`. Ingest goes on, and so does a run that has begun."""
+    """Start no update until `resume`.
+
+    Of one model or of all. Ingest goes on, and so does a run that has begun.
+    """
     order(config, json, action="pause", model=model)
 
 
@@ -57,12 +60,18 @@ def requeue(
     config: options.ConfigOption = None,
     json: options.JsonOption = False,
 ) -> None:
-    """Let the examples of a rejected or rolled-back run be tried again."""
+    """Try the examples of a rejected run again.
+
+    Or of one whose version was rolled back: they wait again, as if they were new.
+    """
     order(config, json, action="requeue", run_id=run)
 
 
 def reload(config: options.ConfigOption = None, json: options.JsonOption = False) -> None:
-    """Read the configuration anew; if it is bad the daemon keeps the old one and this says why."""
+    """Read the configuration anew.
+
+    If it is bad the daemon keeps the old one, and this says why.
+    """
     order(config, json, action="reload")
 
 
@@ -73,7 +82,10 @@ def rollback(
     json: options.JsonOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be served.")] = False,
 ) -> None:
-    """Serve an earlier version again (without VERSION: the parent of the live one)."""
+    """Serve an earlier version again.
+
+    Without VERSION: the parent of the live one.
+    """
     number = None if version is None else parse_version(version)
     if not dry_run:
         order(config, json, action="rollback", model=model, version=number)

@@ -20,7 +20,10 @@ def history(
     json: options.JsonOption = False,
     limit: Limit = 20,
 ) -> None:
-    """The runs, newest first: why each started, what it learned from, what came of it."""
+    """The runs, newest first.
+
+    Why each started, what it learned from, what came of it.
+    """
     from daemon.state import runs
 
     loaded = context.load(config)
@@ -46,7 +49,7 @@ def history(
 def versions(
     model: options.ModelOrAll = None, config: options.ConfigOption = None, json: options.JsonOption = False
 ) -> None:
-    """The published versions, newest first, with their parents."""
+    """The published versions, with their parents."""
     from daemon.state import runs
 
     loaded = context.load(config)
@@ -75,7 +78,10 @@ def log(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what happens until Ctrl-C.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Only check the chain of hashes.")] = False,
 ) -> None:
-    """The audit log: every change of state, who asked for it; append-only, each row hashed with the one before."""
+    """The audit log.
+
+    Every change of state and who asked for it; append-only, each row hashed with the one before.
+    """
     from daemon.state import audit
 
     connection = context.database(context.load(config))

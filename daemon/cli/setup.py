@@ -15,7 +15,10 @@ def init(
     model: Annotated[str, typer.Option(help="Name of the model.")] = "npc",
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
 ) -> None:
-    """Write a first configuration: every key with its meaning, the defaults commented out."""
+    """Write a first configuration.
+
+    Every key with its meaning, the defaults commented out.
+    """
     from daemon import config, config_text
 
     if not config.NAME.fullmatch(model):
@@ -27,7 +30,10 @@ def init(
 
 
 def check_config(config: options.ConfigOption = None, json: options.JsonOption = False) -> None:
-    """Read the configuration as the daemon would; exit code 78 and one sentence if it cannot be used."""
+    """Read the configuration as the daemon would.
+
+    Exit code 78 and one sentence if it cannot be used.
+    """
     loaded = context.load(config)
     if json:
         import msgspec
@@ -40,7 +46,10 @@ def check_config(config: options.ConfigOption = None, json: options.JsonOption =
 
 
 def completion(shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument()]) -> None:
-    """Print the shell's completion script: eval "$(eternad completion bash)"."""
+    """Print the shell's completion script.
+
+    For bash: eval "$(eternad completion bash)".
+    """
     from typer.completion import get_completion_script  # type: ignore[attr-defined]  # re-exported, not declared
 
     screen.say(get_completion_script(prog_name="eternad", complete_var="_ETERNAD_COMPLETE", shell=shell))
@@ -56,7 +65,7 @@ def install_units(
     root: Root = Path("/"),
     dry_run: DryRun = False,
 ) -> None:
-    """Install the systemd units, users and directories of this installation."""
+    """Install the systemd units."""
     import sys
 
     from daemon import units
@@ -71,7 +80,10 @@ def install_units(
 
 
 def uninstall_units(root: Root = Path("/"), dry_run: DryRun = False) -> None:
-    """Remove what `install-units` wrote; users, state, configuration and library stay."""
+    """Remove what `install-units` wrote.
+
+    Users, state, configuration and library stay.
+    """
     from daemon import units
 
     try:

@@ -21,7 +21,10 @@ def show(
     config: options.ConfigOption = None,
     json: options.JsonOption = False,
 ) -> None:
-    """A run (what it learned from, losses before and after, the verdict), a version, or what became of a file."""
+    """A run, a version or a file in detail.
+
+    What a run learned from, losses before and after, the verdict; where a version lies; what became of a file.
+    """
     loaded = context.load(config)
     connection = context.database(loaded)
     if (version := _version(connection, what)) is not None:

@@ -12,5 +12,8 @@ def status(
     json: options.JsonOption = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it anew every second until Ctrl-C.")] = False,
 ) -> None:
-    """What is served, what waits, what runs, what went wrong; also while the daemon is down."""
+    """The whole pipeline at a glance.
+
+    What is served, what waits and for what, what runs, what went wrong; also while the daemon is down.
+    """
     glance.print_status(config, json, watch)

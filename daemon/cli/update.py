@@ -34,7 +34,10 @@ def update(
     wait: Annotated[bool, typer.Option("--wait", help="Until it is served or has failed (exit code 1).")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what the update would learn from.")] = False,
 ) -> None:
-    """Learn what waits for MODEL now, whatever its schedule says."""
+    """Learn what waits for MODEL now.
+
+    Whatever its schedule says.
+    """
     if dry_run:
         plan = _plan(config, model)
         return screen.json(plan) if json else screen.say(_sentence(plan))

@@ -75,8 +75,7 @@ def notify(state: str) -> None:
 def listen(options: argparse.Namespace) -> socket.socket:
     """The bound socket; a Unix socket is for this user only."""
     if options.uds is None:
-        family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-        return socket.create_server((options.host, options.port), family=family, backlog=512)
+        return listen_tcp(options.host, options.port)
     options.uds.unlink(missing_ok=True)
     bound = socket.socket(socket.AF_UNIX)
     mask = os.umask(0o077)
@@ -84,6 +83,14 @@ def listen(options: argparse.Namespace) -> socket.socket:
         bound.bind(str(options.uds))
     finally:
         os.umask(mask)
+    return bound
+
+
+def listen_tcp(host: str, port: int) -> socket.socket:
+    """Says IPPROTO_TCP: asyncio sets TCP_NODELAY only on sockets that do, and answers would wait 40 ms for an ACK."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind((host, port))
     return bound
 
 

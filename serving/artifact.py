@@ -2,7 +2,7 @@
 
 Opened are `adapter_config.json`, `adapter_model.safetensors` and `manifest.json`, below the adapter root and nowhere
 else; safetensors and JSON only, so that a pickle is bytes that fail to parse. safetensors has no checksum of its own:
-the manifest's SHA-256, the shapes and a scan for NaN and infinity stand in for it.
+the manifest's SHA-256, the shapes and a scan for NaN and infinity (by `SlotBank.prepare`) stand in for it.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from safetensors.torch import load as parse_safetensors
 from serving.refusal import Refusal
 
 CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "manifest.json"
-CONFIG_BYTES = 1 << 20
+CONFIG_BYTES, MANIFEST_BYTES = 1 << 20, 16 << 20
 _KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
 # what a PEFT configuration may switch on that is more than W + scale * B A
 _UNSUPPORTED = ("use_dora", "modules_to_save", "layer_replication", "trainable_token_indices", "lora_bias")
@@ -96,7 +96,7 @@ def _check_manifest(directory: Path, found: dict[str, str]) -> None:
     if not (directory / MANIFEST).exists():
         return
     try:
-        files = msgspec.json.decode(_read(directory, MANIFEST, CONFIG_BYTES))["files"]
+        files = msgspec.json.decode(_read(directory, MANIFEST, MANIFEST_BYTES))["files"]
         expected = {name: entry if isinstance(entry, str) else entry["sha256"] for name, entry in files.items()}
     except (msgspec.DecodeError, KeyError, TypeError, AttributeError) as error:
         raise Refusal(400, f"{directory / MANIFEST}: torn or without `files`: {error}") from None
@@ -126,14 +126,14 @@ def _tensors(directory: Path, weights: bytes) -> dict[str, torch.Tensor]:
 
 
 def _pairs(directory: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, Pair]:
-    """{module: (A, B)}: every tensor belongs to a pair, is finite, and A and B have one rank."""
+    """{module: (A, B)}: every tensor belongs to a pair, and A and B have one rank."""
     sides: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.match(key)
         if match is None:
             raise Refusal(400, f"{directory / WEIGHTS}: tensor {key!r} is not a LoRA weight of a linear layer")
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-            raise Refusal(400, f"{directory / WEIGHTS}: tensor {key!r} has NaN, infinite or non-float values")
+        if not tensor.is_floating_point():
+            raise Refusal(400, f"{directory / WEIGHTS}: tensor {key!r} is {tensor.dtype}, not floating point")
         sides.setdefault(match["module"], {})[match["side"]] = tensor
     if not sides:
         raise Refusal(400, f"{directory / WEIGHTS}: no tensors")

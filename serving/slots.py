@@ -87,7 +87,11 @@ class SlotBank:
         return sum(4 * self.rank * (layer.a.shape[1] + layer.b.shape[1]) for layer in self.layers.values())
 
     def prepare(self, pairs: dict[str, Pair]) -> list[torch.Tensor]:
-        """What `commit` copies, in order; off the decoding thread. Raises `Refusal` 400 for a module without a slot."""
+        """What `commit` copies, in order; off the decoding thread.
+
+        Raises `Refusal` 400 for a module without a slot, and for NaN or infinity after scaling and conversion: masked
+        to zero or not, one such weight would reach every row of a mixed batch (0 * NaN is NaN).
+        """
         unknown = sorted(pairs.keys() - self.layers.keys())
         if unknown:
             raise Refusal(
@@ -96,7 +100,10 @@ class SlotBank:
         tensors: list[torch.Tensor] = []
         for name, layer in self.layers.items():
             if name in pairs:
-                tensors += layer.padded(pairs[name])
+                padded = layer.padded(pairs[name])
+                if not all(bool(torch.isfinite(side).all()) for side in padded):
+                    raise Refusal(400, f"module {name!r} has NaN or infinite weights in {layer.a.dtype}")
+                tensors += padded
             else:
                 tensors += [torch.zeros_like(layer.a[: self.rank]), torch.zeros_like(layer.b[: self.rank])]
         return tensors

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,27 @@ def make_adapter(base: Path, directory: Path, *, seed: int, rank: int = 4, alpha
 
     torch.manual_seed(seed)
     settings = {"target_modules": LINEAR, "r": rank, "lora_alpha": alpha, **config}
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **settings))
+    with warnings.catch_warnings(action="ignore"):  # peft asks transformers for a property that goes away
+        model = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **settings)
+        )
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter.data, std=0.3)
     model.save_pretrained(directory)
     return directory
+
+
+def peft_scores(base: Path, adapter: Path, ids: list[int]) -> list[float]:
+    """Log-probability of each token but the first under PEFT's own forward pass, float32."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    with warnings.catch_warnings(action="ignore"), torch.no_grad():
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+        scores = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)
+    return [scores[at, token].item() for at, token in enumerate(ids[1:])]
 
 
 def add_manifest(directory: Path) -> None:
@@ -48,7 +64,8 @@ def add_manifest(directory: Path) -> None:
 @contextlib.contextmanager
 def served(app: ASGIApp) -> Iterator[str]:
     """Run an application in a thread of this process; its URL."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio: only then NODELAY
+    listener.bind(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

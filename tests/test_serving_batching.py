@@ -1,0 +1,203 @@
+"""Continuous batching: what runs beside a request never changes its answer."""
+
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from serving_kit import make_adapter
+
+from serving.engine import Engine, Options
+from serving.sampling import Sampling, Transcript, choose
+from serving.scheduler import CHUNK_TOKENS, Generation, Piece
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """Float32, four rows, two adapters."""
+    root = tmp_path_factory.mktemp("versions")
+    engine = Engine(Options(base=tiny_base, adapter_root=root, dtype="float32", streams=4, context=500))
+    for number in (1, 2):
+        engine.load(f"v{number}", str(make_adapter(tiny_base, root / f"v{number}", seed=number, rank=2 + number)))
+    yield engine
+    engine.scheduler.stop(10)
+
+
+class Caller:
+    """Collects one request's pieces."""
+
+    def __init__(self, engine: Engine, prompt: list[int], model: str, **sampling: object) -> None:
+        self.pieces: list[Piece] = []
+        self.done = threading.Event()
+        lease = engine.registry.lease(model)
+        slot = -1 if lease.adapter is None else lease.adapter.slot
+        options = Sampling(**{"max_tokens": 12, "temperature": 0, "logprobs": 0, "ignore_eos": True, **sampling})
+        self.generation = Generation(
+            prompt, options, slot, engine.model.tokenizer, self.pieces.append, lambda: self.end(engine, lease)
+        )
+        engine.scheduler.submit(self.generation)
+
+    def end(self, engine: Engine, lease: object) -> None:
+        """The scheduler is through with it."""
+        engine.registry.release(lease)
+        self.done.set()
+
+    def answer(self) -> tuple[list[int], list[float]]:
+        """Tokens and their log-probabilities."""
+        assert self.done.wait(30)
+        assert self.pieces[-1].finish, self.pieces[-1]
+        scored = [token for piece in self.pieces for token in piece.tokens]
+        return [token.token for token in scored], [token.logprob for token in scored]
+
+
+def requests() -> list[tuple[list[int], str, int]]:
+    """(prompt, model, max_tokens): ragged lengths, one longer than a chunk, base and both adapters mixed."""
+    lengths = [3, 17, CHUNK_TOKENS + 9, 40, 1, 120, 60, 8]
+    models = ["base", "v1", "v2", "v1", "base", "v2", "base", "v1"]
+    return [
+        ([3 + (7 * at + number) % 250 for at in range(length)], model, 5 + 9 * number)
+        for number, (length, model) in enumerate(zip(lengths, models, strict=True))
+    ]
+
+
+def test_together_equals_alone(engine: Engine) -> None:
+    """Eight ragged requests on base and two adapters over four rows: the same tokens, log-probabilities to 1e-4."""
+    alone = [Caller(engine, prompt, model, max_tokens=wanted).answer() for prompt, model, wanted in requests()]
+    callers = [Caller(engine, prompt, model, max_tokens=wanted) for prompt, model, wanted in requests()]
+    for caller, (tokens, logprobs) in zip(callers, alone, strict=True):
+        together = caller.answer()
+        assert together[0] == tokens
+        assert together[1] == pytest.approx(logprobs, abs=1e-4)
+
+
+def test_cached_decoding_equals_one_forward_pass(engine: Engine, tiny_base: Path) -> None:
+    """Greedy tokens of the scheduler are those of transformers' own `generate`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    prompt = [5 + at % 200 for at in range(CHUNK_TOKENS + 30)]
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt) :].tolist()
+    assert Caller(engine, prompt, "base", max_tokens=20).answer()[0] == expected
+
+
+def test_a_commit_beside_running_requests_changes_nothing_for_them(engine: Engine, tiny_base: Path) -> None:
+    """While v1 answers, a third adapter is loaded and unloaded over and over: not one bit differs."""
+    prompt = list(range(10, 40))
+    expected = Caller(engine, prompt, "v1", max_tokens=300).answer()
+    third = make_adapter(tiny_base, engine.options.adapter_root / "v3", seed=3, rank=16)
+    caller = Caller(engine, prompt, "v1", max_tokens=300)
+    commits = 0
+    while not caller.done.is_set():
+        engine.load("v3", str(third))
+        engine.registry.unload("v3")
+        commits += 1
+    assert caller.answer() == expected
+    assert commits > 3
+
+
+def test_a_reused_row_and_slot_have_forgotten(engine: Engine, tiny_base: Path) -> None:
+    """A slot that held rank 16 and then holds rank 2 answers as if it had been empty."""
+    small = make_adapter(tiny_base, engine.options.adapter_root / "small", seed=5, rank=2)
+    large = make_adapter(tiny_base, engine.options.adapter_root / "large", seed=6, rank=16)
+    answers = []
+    for _ in range(2):
+        engine.load("small", str(small))
+        answers.append(Caller(engine, [9, 8, 7], "small").answer())
+        engine.registry.unload("small")
+        engine.load("large", str(large))
+        Caller(engine, list(range(60)), "large").answer()
+        engine.registry.unload("large")
+    assert answers[0] == answers[1]
+
+
+def test_the_prompt_is_scored_in_chunks_as_in_one(engine: Engine) -> None:
+    """Prompt log-probabilities across a chunk border are those of the tokens that were generated there."""
+    prompt = [4 + at % 100 for at in range(CHUNK_TOKENS - 5)]
+    tokens, logprobs = Caller(engine, prompt, "v2", max_tokens=10).answer()
+    caller = Caller(engine, prompt + tokens, "v2", max_tokens=0, prompt_logprobs=True)
+    caller.done.wait(30)
+    scored = caller.pieces[0].prompt
+    assert len(scored) == len(prompt) + 10 and scored[0].logprob is None
+    assert [token.logprob for token in scored[-10:]] == pytest.approx(logprobs, abs=1e-4)
+
+
+def test_a_failed_step_fails_its_requests_and_no_others(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception in the model is an error for those who run, and the engine goes on."""
+
+    def explode(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.model, "decode", explode)
+        caller = Caller(engine, [5, 6], "v1")
+        assert caller.done.wait(30)
+        assert "out of memory" in (caller.pieces[-1].error or "")
+    assert len(Caller(engine, [5, 6], "v1").answer()[0]) == 12
+
+
+def test_nan_logits_fail_only_their_request(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row with NaN is an error for its request; its neighbour in the batch is answered as ever."""
+    expected = Caller(engine, [5, 6, 7], "base", max_tokens=30).answer()
+    decode, poisoned_slot = engine.model.decode, engine.registry.lease("v1").adapter.slot
+
+    def poison(tokens: list[int], positions: list[int], slots: list[int]) -> object:
+        logits = decode(tokens, positions, slots)
+        logits[[slot == poisoned_slot for slot in slots]] = float("nan")
+        return logits
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.model, "decode", poison)
+        neighbour, poisoned = Caller(engine, [5, 6, 7], "base", max_tokens=30), Caller(engine, [5, 6, 7], "v1")
+        assert neighbour.answer() == expected
+        assert poisoned.done.wait(30)
+    assert "NaN" in (poisoned.pieces[-1].error or "")
+
+
+def test_sampling_by_nucleus_and_seed() -> None:
+    """top_p keeps the smallest set that reaches p; the same seed draws the same tokens."""
+    import torch
+
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    sampling = Sampling(max_tokens=1, temperature=1.0, top_p=0.7)
+
+    def draws(seed: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        return [choose(logits, sampling, generator) for _ in range(200)]
+
+    assert set(draws(1)) == {0, 1}
+    assert draws(1) == draws(1) != draws(2)
+    assert choose(logits, Sampling(max_tokens=1, temperature=0), None) == 0
+
+
+class Letters:
+    """A tokenizer whose token n is the n-th of these byte strings."""
+
+    PARTS = (b"a", b"b", b"\xc3", b"\xa9", b"END", b" ")
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        """Bytes joined, halves of characters replaced."""
+        return b"".join(self.PARTS[token] for token in ids).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stop", "deltas", "rest"),
+    [
+        ([0, 2, 3, 1], (), ["a", "", "é", "b"], ""),
+        ([0, 2], (), ["a", ""], "\ufffd"),
+        ([0, 0, 1, 4], ("ab", "zz"), ["", "a", "", ""], ""),
+        ([0, 5, 0], ("ab",), ["", "a ", ""], "a"),
+        ([1, 4, 0], ("END",), ["b", "", ""], ""),
+    ],
+)
+def test_text_becomes_certain_bit_by_bit(
+    tokens: list[int], stop: tuple[str, ...], deltas: list[str], rest: str
+) -> None:
+    """Half characters wait for their other half, possible stop strings for their end."""
+    transcript = Transcript(Letters(), stop)
+    found = ["" if transcript.stopped else transcript.add(token) for token in tokens]
+    assert (found, transcript.finish()) == (deltas, rest)

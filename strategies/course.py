@@ -15,6 +15,7 @@ from strategies.adapter import Adapter
 from strategies.dataset import Item
 from strategies.early_stop import EarlyStop
 from strategies.evaluate import Probes, has_token_loss
+from strategies.preference import preference_losses
 from strategies.pulse import Pulse
 from strategies.request import RunRequest
 from strategies.template import Events, Template, UpdateExperience, trainable
@@ -53,16 +54,17 @@ class Course:
         if self.request.parent_version is not None:
             checkpoint.load_states(self.request.parent_version / "strategy", self.learners)
         torch.manual_seed(self.request.seed)  # dropout
+        rows = [item for role in TRAINED_ROLES for item in self.items.get(role, ())]
         template = Template(
             adapter=self.adapter,
             training=self.request.training,
             items=self.items,
             learners=self.learners,
+            preference_losses=preference_losses(rows),
             update=self.request.update_number,
             seed=self.request.seed,
             events=Events(self._after_start, self._after_step, self._after_epoch, self._before_consolidation),
         )
-        rows = [item for role in TRAINED_ROLES for item in self.items.get(role, ())]
         own = trainable(rows, template.preference_losses)
         template.train(UpdateExperience(own, self.request.update_number), eval_streams=[])
         return template

@@ -5,6 +5,7 @@ checkpoint are each one or two kernels instead of hundreds (AdamW over 420 tenso
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from strategies.failure import Failure
 from strategies.lora_linear import LoraState, LoraWeights, lora_linear
-from strategies.request import Lora
+from strategies.request import Lora, write
 from strategies.token_loss import Head
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -155,11 +156,11 @@ class Adapter:
     def save(self, directory: Path) -> None:
         """Write peft's two files, as stock peft, vLLM and others load them; fsynced."""
         directory.mkdir(parents=True, exist_ok=True)
-        self.model.peft_config["default"].inference_mode = True
-        self.model.peft_config["default"].save_pretrained(directory)
-        self.model.peft_config["default"].inference_mode = False
+        config = self.model.peft_config["default"]
+        fields = {**config.to_dict(), "inference_mode": True, "target_modules": sorted(config.target_modules)}
+        write(directory / CONFIG_FILE, fields)
         safetensors.torch.save_file(self.tensors(), directory / WEIGHTS_FILE, metadata={"format": "pt"})
-        for path in (directory / CONFIG_FILE, directory / WEIGHTS_FILE, directory):
+        for path in (directory / WEIGHTS_FILE, directory):
             _sync(path)
 
     def load(self, directory: Path) -> None:
@@ -263,7 +264,9 @@ def load_adapter(
         target_modules="all-linear" if lora.targets == ["all-linear"] else list(lora.targets),
     )
     try:
-        wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
+        with warnings.catch_warnings():  # peft asks transformers for a property by its old name
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
     except ValueError as error:  # peft names the modules that it looked for
         raise Failure("bad_targets", f"LoRA targets {lora.targets} do not fit the base model: {error}") from error
     config.base_model_name_or_path = str(base_path)

@@ -130,7 +130,15 @@ _import_avalanche()
 from avalanche.benchmarks.scenarios.dataset_scenario import DatasetExperience  # noqa: E402 - possible from here on
 from avalanche.benchmarks.utils.data import AvalancheDataset  # noqa: E402
 from avalanche.core import SupervisedPlugin  # noqa: E402
+from avalanche.logging.base_logger import BaseLogger  # noqa: E402
 from avalanche.training.plugins.evaluation import EvaluationPlugin  # noqa: E402
 from avalanche.training.templates.common_templates import SupervisedTemplate  # noqa: E402
 
-__all__ = ["AvalancheDataset", "DatasetExperience", "EvaluationPlugin", "SupervisedPlugin", "SupervisedTemplate"]
+__all__ = [
+    "AvalancheDataset",
+    "BaseLogger",
+    "DatasetExperience",
+    "EvaluationPlugin",
+    "SupervisedPlugin",
+    "SupervisedTemplate",
+]

@@ -25,7 +25,7 @@ from strategies.adapter import Adapter
 from strategies.dataset import Item, MicroBatch, TokenDataset, batches, micro_batches
 from strategies.failure import Failure
 from strategies.forward import TopRows, completion_logprobs, label_states, sequence_logprobs, top_rows
-from strategies.lean_avalanche import AvalancheDataset, DatasetExperience, EvaluationPlugin, SupervisedTemplate
+from strategies.lean_avalanche import AvalancheDataset, BaseLogger, DatasetExperience, EvaluationPlugin, SupervisedTemplate
 from strategies.learner import Learner, PreferenceLoss, RowTerm, Teacher
 from strategies.token_loss import token_loss
 
@@ -36,6 +36,10 @@ class UpdateExperience(DatasetExperience[Any]):
     def __init__(self, items: Sequence[Item], update: int) -> None:
         self.items = list(items)
         super().__init__(dataset=AvalancheDataset([TokenDataset(self.items)]), current_experience=update)
+
+
+class _Silent(BaseLogger):
+    """What happened stands in the run's report; Avalanche warns where it has no logger at all."""
 
 
 @dataclass
@@ -94,7 +98,7 @@ class Template(SupervisedTemplate[Any, Any, Any]):
             train_epochs=training.epochs,
             device=adapter.device,
             plugins=list(learners),
-            evaluator=EvaluationPlugin(),
+            evaluator=EvaluationPlugin(loggers=[_Silent()]),
         )
         self.adapter, self.training, self.items, self.update, self.seed = adapter, training, items, update, seed
         self.learners = list(learners)
@@ -203,7 +207,7 @@ class Template(SupervisedTemplate[Any, Any, Any]):
                 self.mb_output = self.forward()
                 self._after_forward(**kwargs)
                 self.loss = self.criterion()
-                total += float(self.loss)
+                total += float(self.loss.detach())
                 if self.mbatch is cut[-1]:
                     self._before_backward(**kwargs)
                 self.backward()

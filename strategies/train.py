@@ -120,13 +120,11 @@ def read_items(run_directory: Path, request: RunRequest, adapter: Adapter) -> di
 
 
 def take_probes(items: dict[Role, list[Item]]) -> Probes:
-    """The rows to evaluate on. Every fifth general row becomes one: drift is not measured on what is trained."""
-    general = items["general"]
-    probed, items["general"] = (general[::5], [item for place, item in enumerate(general) if place % 5])
+    """The rows to evaluate on."""
     old: dict[int, list[Item]] = defaultdict(list)
     for item in items["heldout_old"]:
         old[item.update].append(item)
-    return Probes(new=items["heldout_new"], old=dict(old), eval=items["eval"], general=probed)
+    return Probes(new=items["heldout_new"], old=dict(old), eval=items["eval"], general=items["probe"])
 
 
 def save(run_directory: Path, request: RunRequest, template: Template) -> None:
@@ -180,9 +178,8 @@ def attempt(run_directory: Path, pulse: Pulse) -> RunReport:
     return RunReport(run_id=run_id, status="failed", code=code, reason=reason, seconds=pulse.finish())
 
 
-def main() -> int:
-    """Command line: RUN_DIR; returns the exit code. A run that has its report is not done again."""
-    run_directory = Path(sys.argv[1])
+def main(run_directory: Path) -> int:
+    """Do the run; returns the exit code. A run that has its report is not done again."""
     report = read_report(run_directory)
     if report is None:
         pulse = Pulse(run_directory)
@@ -197,4 +194,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m strategies.train RUN_DIR")
+    sys.exit(main(Path(sys.argv[1])))

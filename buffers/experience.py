@@ -2,7 +2,8 @@
 
 Rows of `experience.jsonl`, in this order of roles: `new` (claimed by the run, trained), `replay` (drawn from the replay
 buffer, trained), `memory` (a few examples of each past update, for GEM and A-GEM's reference gradients), `heldout_new`,
-`heldout_old` and `eval` (tested, never trained), `general` (rehearsal of general text; added by `general_directory`).
+`heldout_old` and `eval` (tested, never trained), `general` (rehearsal of general text; from `general_directory`) and
+`probe` (general text on which only the drift is measured: it is never trained on and never an anchor).
 """
 
 import hashlib
@@ -17,7 +18,7 @@ import msgspec
 
 from buffers.example import Example, parse
 
-Role = Literal["new", "replay", "memory", "general", "heldout_new", "heldout_old", "eval"]
+Role = Literal["new", "replay", "memory", "general", "probe", "heldout_new", "heldout_old", "eval"]
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +57,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     eval_examples: int = 64
     general_ratio: float = 0.0
     general_directory: Path | None = None
+    probe_texts: int = 16
     seed: int = 0
 
 
@@ -179,7 +181,7 @@ def _heldout(connection: sqlite3.Connection, model: str, run_id: str, update: in
 
 
 def _general(recipe: Recipe, wanted: int, draw: random.Random) -> Iterator[Row]:
-    if recipe.general_directory is None or not wanted:
+    if recipe.general_directory is None:
         return
     texts = [
         paragraph.strip()
@@ -187,5 +189,23 @@ def _general(recipe: Recipe, wanted: int, draw: random.Random) -> Iterator[Row]:
         for paragraph in file.read_text("utf-8").split("\n\n")
         if paragraph.strip()
     ]
-    for text in draw.sample(texts, min(wanted, len(texts))):
-        yield Row(role="general", update=0, id=0, example=Example(shape="text", completion=text))
+    # by content, so that a paragraph stays on its side whatever is added to the directory
+    probes = [text for text in texts if _is_probe(text)]
+    rehearsed = [text for text in texts if not _is_probe(text)]
+    for text in draw.sample(rehearsed, min(wanted, len(rehearsed))):
+        yield _general_row("general", text)
+    for text in sorted(probes, key=_digest)[: recipe.probe_texts]:
+        yield _general_row("probe", text)
+
+
+def _general_row(role: Role, text: str) -> Row:
+    return Row(role=role, update=0, id=0, example=Example(shape="text", completion=text))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _is_probe(text: str) -> bool:
+    """One paragraph in four."""
+    return _digest(text)[0] < 64

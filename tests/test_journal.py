@@ -182,3 +182,23 @@ def test_a_retracted_record_is_neither_trained_nor_rehearsed(database: sqlite3.C
         journal.add(connection, "npc", [(fact(1), origin)], heldout_fraction=0.0)
         assert journal.retract(connection, "npc", "01J") == 1
         assert journal.claim(connection, "npc", "run", 10) == 0
+
+
+def test_general_text_is_rehearsed_or_probed_never_both(database: sqlite3.Connection, tmp_path: Path) -> None:
+    """Drift is measured on text that no update has trained on or was anchored to, the same at every update."""
+    general = tmp_path / "general"
+    general.mkdir()
+    (general / "a.txt").write_text("\n\n".join(f"Paragraph number {n} about the weather." for n in range(200)))
+    probes = []
+    for update in (1, 2):
+        fill(database, range(update * 100, update * 100 + 50))
+        with transaction(database) as connection:
+            journal.claim(connection, "npc", f"run-{update}", 1000)
+        recipe = Recipe(general_ratio=0.5, general_directory=general)
+        experience.cut(database, "npc", f"run-{update}", update, recipe, tmp_path / "e")
+        rows = list(experience.read(tmp_path / "e"))
+        probes.append({row.example.completion for row in rows if row.role == "probe"})
+        assert len([row for row in rows if row.role == "general"]) == 45
+        assert not probes[-1] & {row.example.completion for row in rows if row.role == "general"}
+    assert probes[0] == probes[1]
+    assert len(probes[0]) == 16

@@ -58,6 +58,7 @@ def facts(number: int = 1) -> list[Row]:
     """New rows, hold-outs of this update and the ones of the past."""
     rows = [demonstration(*fact) for fact in FACTS[:16]]
     rows += [demonstration(*fact, role="heldout_new") for fact in FACTS[16:20]]
+    rows += [Row(role="probe", update=0, id=0, example=Example(shape="text", completion="Rain fell on the hills."))]
     rows += [demonstration(*fact, role="heldout_old", update=past) for past in range(1, number) for fact in FACTS[20:]]
     return rows
 

@@ -58,7 +58,7 @@ quiet_seconds = 1.0
 
 [[models.npc.strategy]]
 name = "replay"
-ratio = 0.3
+ratio = 0.45
 """
 
 
@@ -160,7 +160,7 @@ def prepare(stage: Stage, base: Path) -> None:
             port=stage.port,
             base=base.absolute(),
             general=LIBRARY / "general",
-            epochs=1 if stage.fast else 5,
+            epochs=1 if stage.fast else 4,
         )
     )
 

@@ -115,7 +115,7 @@ def knowledge_table(outcome: Outcome) -> Table:
 def updates_table(outcome: Outcome) -> Table:
     """What each update took, what the gate measured, and how long the swap was."""
     table = Table(title="Updates", title_justify="left")
-    for column in ("version", "new", "replayed", "drop to live", "gain (nats)", "old loss", "drift", "swap"):
+    for column in ("version", "new", "replayed", "drop to live", "gain (nats)", "old loss", "drift", "swap (flip)"):
         table.add_column(column, justify="right")
     for lesson in outcome.lessons:
         rows = (lesson.run.get("cut") or {}).get("rows", {})
@@ -133,9 +133,9 @@ def _number(value: float | None) -> str:
 
 
 def swap_time(versions: list[dict[str, Any]], number: int) -> str:
-    """How long it took from a checked version on disk to one that answers under the model's name."""
-    activation = next((version["activation"] for version in versions if version["number"] == number), None) or {}
-    return f"{activation['seconds'] * 1000:.0f} ms" if "seconds" in activation else "-"
+    """From a version on disk to one that is proved and answers under the model's name; in brackets the flip alone."""
+    activation = next((version["activation"] for version in versions if version["number"] == number), None)
+    return f"{activation['total_ms']:.0f} ms ({activation['flip_ms']:.2f} ms)" if activation else "-"
 
 
 def traffic_line(traffic: Traffic) -> str:

@@ -31,7 +31,7 @@ DROP_INS: Mapping[str, tuple[str, ...]] = {
 """Drop-in -> the units that it changes. None is installed unless asked for."""
 HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")
 """Directories that a unit with ProtectHome= and PrivateTmp= finds empty."""
-NEXT_STEPS = ("systemd-sysusers", "systemd-tmpfiles --create", "systemctl daemon-reload")
+NEXT_STEPS = ("systemd-sysusers eternad.conf", "systemd-tmpfiles --create eternad.conf", "systemctl daemon-reload")
 """What an administrator runs after an install; after an uninstall only the last one."""
 
 

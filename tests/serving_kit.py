@@ -80,17 +80,23 @@ def served(app: ASGIApp) -> Iterator[str]:
 class EngineProcess:
     """`python -m serving` as a child."""
 
-    def __init__(self, *arguments: object, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, *arguments: object, environment: dict[str, str] | None = None, waits: bool = True) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._command = [sys.executable, "-m", "serving", "--port", str(self.port), *map(str, arguments)]
         self._environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
-        self.start()
+        if waits:
+            self.start()
+        else:
+            self._spawn()
+
+    def _spawn(self) -> None:
+        self.process = subprocess.Popen(self._command, cwd=ROOT, env=self._environment)
 
     def start(self) -> None:
         """Start and wait until it answers."""
-        self.process = subprocess.Popen(self._command, cwd=ROOT, env=self._environment)
+        self._spawn()
         for _ in range(600):
             with contextlib.suppress(httpx.TransportError):
                 httpx.get(self.url + "/health")

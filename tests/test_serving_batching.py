@@ -142,7 +142,7 @@ def test_a_failed_step_fails_its_requests_and_no_others(engine: Engine, monkeypa
 
 def test_nan_logits_fail_only_their_request(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row with NaN is an error for its request; its neighbour in the batch is answered as ever."""
-    expected = Caller(engine, [5, 6, 7], "base", max_tokens=30).answer()
+    tokens, logprobs = Caller(engine, [5, 6, 7], "base", max_tokens=30).answer()
     decode, poisoned_slot = engine.model.decode, engine.registry.lease("v1").adapter.slot
 
     def poison(tokens: list[int], positions: list[int], slots: list[int]) -> object:
@@ -153,7 +153,7 @@ def test_nan_logits_fail_only_their_request(engine: Engine, monkeypatch: pytest.
     with monkeypatch.context() as patched:
         patched.setattr(engine.model, "decode", poison)
         neighbour, poisoned = Caller(engine, [5, 6, 7], "base", max_tokens=30), Caller(engine, [5, 6, 7], "v1")
-        assert neighbour.answer() == expected
+        assert neighbour.answer() == (tokens, pytest.approx(logprobs, abs=1e-4))
         assert poisoned.done.wait(30)
     assert "NaN" in (poisoned.pieces[-1].error or "")
 

@@ -103,6 +103,8 @@ def make_room(engine: Engine, name: str, keep: Collection[str] = ()) -> list[str
 
 def prove(engine: Engine, name: str, canaries: list[Canary], tolerance: float = TOLERANCE_NATS) -> Match:
     """Raise `ProbeFailed` unless `name` scores the canaries as the trainer's candidate did and not as the base does."""
+    if not canaries or not all(canary.token_ids and canary.prompt_token_ids for canary in canaries):
+        raise ProbeFailed(f"{name}: no canaries with token ids, so nothing can prove that it is served")
     found = engine.probe(name, canaries)
     if found.served_by != name:
         raise ProbeFailed(f"asked for {name}, the engine answered with {found.served_by}")

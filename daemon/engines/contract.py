@@ -129,3 +129,6 @@ class Engine(Protocol):
 
     def health(self) -> Health:
         """Never raises."""
+
+    def close(self) -> None:
+        """Give the connections back; the engine goes on serving."""

@@ -1,6 +1,7 @@
 """The embedded engine (`python -m serving`) over HTTP."""
 
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,28 @@ from daemon.engines.contract import (
 )
 from strategies.request import Canary
 
-BUSY = {408, 425, 429, 502, 503, 504}
-TIMEOUT = httpx.Timeout(30.0, connect=2.0)
+BUSY = {408, 425, 429}
 
 
 class Embedded:
     """A client of one embedded engine."""
 
     def __init__(
-        self, url: str, *, uds: Path | None = None, token: str | None = None, busy_seconds: float = 30.0
+        self,
+        url: str,
+        *,
+        uds: Path | None = None,
+        token: str | None = None,
+        timeout_seconds: float = 30.0,
+        busy_seconds: float = 30.0,
     ) -> None:
         """`url` is only a name when `uds` is given; a load waits up to `busy_seconds` for a draining slot."""
         transport = httpx.HTTPTransport(uds=str(uds) if uds else None)
+        timeout = httpx.Timeout(timeout_seconds, connect=min(2.0, timeout_seconds))
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._http = httpx.Client(base_url=url, transport=transport, headers=headers, timeout=TIMEOUT)
+        self._http = httpx.Client(base_url=url, transport=transport, headers=headers, timeout=timeout)
         self._busy_seconds = busy_seconds
+        self._close = weakref.finalize(self, self._http.close)
 
     def capabilities(self) -> Capabilities:
         """As `/health` says."""
@@ -106,6 +114,10 @@ class Embedded:
             return Health(ok=False, reason=str(error))
         return Health(ok=body["ok"], epoch=body["epoch"])
 
+    def close(self) -> None:
+        """Give the connections back."""
+        self._close()
+
     def _patiently(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Ask again while the engine says 429 with a time to wait."""
         deadline = time.monotonic() + self._busy_seconds
@@ -159,7 +171,8 @@ def _checked(response: httpx.Response) -> dict[str, Any]:
             raise EngineUnavailable(f"{response.url} answered with no JSON: {error}") from None
         return body
     message = f"{response.request.method} {response.url}: {response.status_code} {_reason(response)}"
-    raise (EngineUnavailable if response.status_code in BUSY else EngineRefused)(message)
+    is_transient = response.status_code in BUSY or response.is_server_error
+    raise (EngineUnavailable if is_transient else EngineRefused)(message)
 
 
 def _reason(response: httpx.Response) -> str:

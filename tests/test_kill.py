@@ -102,7 +102,9 @@ def kill_at_random(place: Path, seed: int, kills: int, drops: int) -> int:
         daemon.start()
         wait(lambda n=number: consumed(place) == 9 * (n + 1), 60, "the drop is learned", place / "daemon.log")
         daemon.kill()
+    (place / "daemon.log").write_text("")
     daemon.start()
+    wait(lambda: "ready" in (place / "daemon.log").read_text(), 30, "the daemon is ready", place / "daemon.log")
     wait(lambda: not active(place), 30, "nothing is at work", place / "daemon.log")
     assert daemon.stop() == 0
     return killed

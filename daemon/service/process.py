@@ -39,6 +39,8 @@ class Flags:
 def run(config_path: Path) -> int:
     """Run the daemon until SIGTERM; returns its exit code (sysexits.h: 75 already running, 78 bad configuration)."""
     log.configure()
+    flags = Flags()
+    flags.install()
     try:
         config = configuration.load(config_path)
     except configuration.ConfigError as error:
@@ -53,12 +55,10 @@ def run(config_path: Path) -> int:
     except (DatabaseError, NewerDatabase) as error:
         logger.critical("%s: %s", config.state_directory, error)
         return EX_IOERR
-    return _serve(service)
+    return _serve(service, flags)
 
 
-def _serve(service: Service) -> int:
-    flags = Flags()
-    flags.install()
+def _serve(service: Service, flags: Flags) -> int:
     service.start()
     state = service.house.config.state_directory
     endpoint = control.serve(

@@ -48,6 +48,13 @@ def is_dead(child: Child) -> bool:
     return child.process.poll() == -signal.SIGKILL
 
 
+def start_for_good(daemon: Child, place: Path) -> None:
+    """Start it and wait until it listens to signals and orders."""
+    (place / "daemon.log").write_text("")
+    daemon.start()
+    wait(lambda: "ready" in (place / "daemon.log").read_text(), 30, "the daemon is ready", place / "daemon.log")
+
+
 STATES = ["PENDING", "TRAINING", "TRAINED", "EVALUATING", "ACCEPTED", "PUBLISHED", "LIVE"]
 POINTS = [f"{state}:{side}" for state in STATES for side in ("before", "after")] + ["PUBLISHED:files"]
 
@@ -59,7 +66,7 @@ def test_killed_around_a_transition_the_update_completes_once(place: Path, point
     write_drop(place, "a.jsonl", range(10))
     daemon.start(ETERNAD_FAILPOINT=point)
     wait(lambda: is_dead(daemon), 30, f"the daemon dies at {point}", place / "daemon.log")
-    daemon.start()
+    start_for_good(daemon, place)
     wait(lambda: consumed(place) == 9, 30, "the update is live", place / "daemon.log")
     assert daemon.stop() == 0
     check_oracle(place, 10)
@@ -74,7 +81,7 @@ def test_killed_around_an_end_nothing_is_lost_or_served(place: Path, point: str)
     write_drop(place, "a.jsonl", range(10))
     daemon.start(ETERNAD_FAILPOINT=point)
     wait(lambda: is_dead(daemon), 30, f"the daemon dies at {point}", place / "daemon.log")
-    daemon.start()
+    start_for_good(daemon, place)
 
     def ended() -> bool:
         database = look(place)
@@ -102,9 +109,7 @@ def kill_at_random(place: Path, seed: int, kills: int, drops: int) -> int:
         daemon.start()
         wait(lambda n=number: consumed(place) == 9 * (n + 1), 60, "the drop is learned", place / "daemon.log")
         daemon.kill()
-    (place / "daemon.log").write_text("")
-    daemon.start()
-    wait(lambda: "ready" in (place / "daemon.log").read_text(), 30, "the daemon is ready", place / "daemon.log")
+    start_for_good(daemon, place)
     wait(lambda: not active(place), 30, "nothing is at work", place / "daemon.log")
     assert daemon.stop() == 0
     return killed

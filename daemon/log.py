@@ -54,6 +54,10 @@ class LineFormatter(logging.Formatter):
         return "\n".join(prefix + escape(line) for line in super().format(record).splitlines())
 
 
+_CHATTY = ("httpx", "httpcore", "apscheduler")
+"""Libraries with an INFO line for every request or tick: only their warnings are news."""
+
+
 def configure(level: str = "INFO", stream: TextIO | None = None) -> None:
     """Send every record of `level` and above to `stream` (default: stderr), formatted for what that stream is.
 
@@ -63,3 +67,5 @@ def configure(level: str = "INFO", stream: TextIO | None = None) -> None:
     handler = logging.StreamHandler(target)
     handler.setFormatter(LineFormatter(journal=is_journal(target)))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(max(logging.getLogger().level, logging.WARNING))

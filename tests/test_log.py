@@ -86,6 +86,7 @@ def test_configure_writes_to_the_stream(root_logger: logging.Logger) -> None:
     configure("info", second)
     logging.getLogger("daemon.x").info("hello")
     logging.getLogger("daemon.x").debug("not this")
+    logging.getLogger("httpx").info("nor a line for every request to an engine")
     assert first.getvalue() == ""
     assert second.getvalue().endswith("INFO daemon.x: hello\n")
 

@@ -97,7 +97,33 @@ class DerPlusPlus(msgspec.Struct, frozen=True, tag_field="name", tag="derpp", fo
     """At most so many examples keep their stored answers: as many as the replay buffer holds."""
 
 
-Strategy = Replay | Ewc | Kronecker | Gem | AGem | Distill | DerPlusPlus
+class SynapticIntelligence(msgspec.Struct, frozen=True, tag_field="name", tag="si", forbid_unknown_fields=True):
+    """Importances from the path of training (Zenke et al., arXiv:1703.04200): no pass over the data afterwards."""
+
+    strength: NotNegative = 1.0
+    decay: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+    """Weight of the importances so far when an update's are added."""
+    damping: Positive = 0.1
+    """xi, in units of the update's mean squared move."""
+
+
+class Freeze(msgspec.Struct, frozen=True, tag_field="name", tag="freeze", forbid_unknown_fields=True):
+    """The bottom layers' adapter stays as it is; the backward pass ends above it, which saves time."""
+
+    share: Share = 0.5
+    """Share of the decoder layers, from the bottom, that an update leaves alone."""
+
+
+class OLora(msgspec.Struct, frozen=True, tag_field="name", tag="olora", forbid_unknown_fields=True):
+    """Orthogonal subspaces (Wang et al., arXiv:2310.14152): each update trains its own slice of the adapter's rank."""
+
+    strength: NotNegative = 0.5
+    """lambda of sum |A_past A^T|."""
+    slice_rank: Count = 4
+    """Rank of one update; must divide the adapter's. After rank / slice_rank updates the oldest slice is used again."""
+
+
+Strategy = Replay | Ewc | Kronecker | Gem | AGem | Distill | DerPlusPlus | SynapticIntelligence | Freeze | OLora
 BY_NAME: dict[str, type[Strategy]] = {
     "replay": Replay,
     "ewc": Ewc,
@@ -106,4 +132,7 @@ BY_NAME: dict[str, type[Strategy]] = {
     "agem": AGem,
     "distill": Distill,
     "derpp": DerPlusPlus,
+    "si": SynapticIntelligence,
+    "freeze": Freeze,
+    "olora": OLora,
 }

@@ -42,6 +42,9 @@ class Parameters(Protocol):
     model: Any
     """peft's model; the leaves of its LoRA layers and their `grad` are views of `flat` and `gradient`."""
 
+    def refresh(self) -> None:
+        """Call after every change of `flat`: the forward pass may read a copy in the compute precision."""
+
 
 class TopLogProbabilities(Protocol):
     """A teacher's K most likely tokens at every label row of one item."""

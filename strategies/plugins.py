@@ -8,13 +8,17 @@ from strategies.agem import AveragedGem
 from strategies.derpp import DarkReplay
 from strategies.distill import Distillation
 from strategies.ewc import ElasticWeightConsolidation
+from strategies.freeze import Freezing
 from strategies.gem import GradientEpisodicMemory
 from strategies.kronecker import KroneckerConsolidation
 from strategies.learner import Learner
+from strategies.olora import OrthogonalSlices
 from strategies.replay import Rehearsal
+from strategies.si import SynapticIntelligence
 
 IN_ORDER: dict[type, Callable[[Any], Learner]] = {
     catalog.Replay: Rehearsal,
+    catalog.SynapticIntelligence: SynapticIntelligence,  # first: it reads the loss's own gradient
     catalog.Distill: Distillation,
     catalog.DerPlusPlus: DarkReplay,
     catalog.Ewc: ElasticWeightConsolidation,
@@ -22,6 +26,9 @@ IN_ORDER: dict[type, Callable[[Any], Learner]] = {
     # projections come last: what is added to the gradient after them could break the constraints that they met
     catalog.Gem: GradientEpisodicMemory,
     catalog.AGem: AveragedGem,
+    # and what must not move at all comes after everything that pushes
+    catalog.OLora: OrthogonalSlices,
+    catalog.Freeze: Freezing,
 }
 
 

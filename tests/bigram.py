@@ -29,7 +29,7 @@ class BigramLoop:
 
     def __init__(self, items: Mapping[Role, Sequence[Item]], update: int, theta: Tensor | None = None) -> None:
         start = torch.zeros(WORDS * WORDS) if theta is None else theta
-        self.adapter = SimpleNamespace(flat=start.clone(), gradient=torch.zeros_like(start))
+        self.adapter = SimpleNamespace(flat=start.clone(), gradient=torch.zeros_like(start), refresh=lambda: None)
         self.base = torch.randn(WORDS, WORDS, generator=torch.Generator().manual_seed(99))
         self.frozen = self.base.clone()
         self.items = {role: list(items.get(role, ())) for role in ROLES}

@@ -36,10 +36,12 @@ CONFIGURED = {
     "distill": [catalog.Distill(top=5)],
     "distill, previous, all": [catalog.Distill(teacher="previous", on="all", temperature=2.0, top=3)],
     "derpp": [catalog.DerPlusPlus(top=5, cap=20)],
+    "si": [catalog.SynapticIntelligence(strength=0.02)],
     "composed": [
         catalog.Gem(),
         catalog.Ewc(strength=0.02),
         catalog.Replay(),
+        catalog.SynapticIntelligence(strength=0.01),
         catalog.Distill(),
         catalog.DerPlusPlus(cap=9),
     ],
@@ -127,12 +129,13 @@ def test_a_new_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
     loop, states = updates(CONFIGURED["composed"], 2)
     save(states, tmp_path)
     save_file({"theta": loop.adapter.flat}, tmp_path / "theta.weights")
+    (tmp_path / "methods.txt").write_bytes(msgspec.json.encode(CONFIGURED["composed"]))
     script = (
-        "import sys; from pathlib import Path; from safetensors.torch import load_file, save_file\n"
-        "from bigram import load, one_update, save; from strategies.catalog import *\n"
+        "import sys, msgspec; from pathlib import Path; from safetensors.torch import load_file, save_file\n"
+        "from bigram import load, one_update, save; from strategies.catalog import Strategy\n"
         "here = Path(sys.argv[1]); out = here / 'after'; out.mkdir()\n"
         "theta = load_file(here / 'theta.weights')['theta']\n"
-        "methods = [Gem(), Ewc(strength=0.02), Replay(), Distill(), DerPlusPlus(cap=9)]\n"
+        "methods = msgspec.json.decode((here / 'methods.txt').read_bytes(), type=list[Strategy])\n"
         "loop, states = one_update(methods, 3, theta, load(here))\n"
         "save(states, out); save_file({'theta': loop.adapter.flat}, out / 'theta.weights')\n"
     )

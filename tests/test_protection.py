@@ -36,7 +36,13 @@ def loss_of_first(configured: list[catalog.Strategy]) -> tuple[float, float]:
 
 @pytest.mark.parametrize(
     "strategy",
-    [catalog.Ewc(strength=0.02), catalog.Ewc(strength=0.02, mode="separate"), catalog.Gem(), catalog.AGem()],
+    [
+        catalog.Ewc(strength=0.02),
+        catalog.Ewc(strength=0.02, mode="separate"),
+        catalog.Gem(),
+        catalog.AGem(),
+        catalog.SynapticIntelligence(strength=0.02),
+    ],
 )
 def test_less_is_forgotten_and_the_new_is_still_learned(strategy: catalog.Strategy) -> None:
     """Without replay each method alone keeps the first update better than none does, and still learns the second."""

@@ -25,7 +25,13 @@ from strategies.adapter import Adapter
 from strategies.dataset import Item, MicroBatch, TokenDataset, batches, micro_batches
 from strategies.failure import Failure
 from strategies.forward import TopRows, completion_logprobs, label_states, sequence_logprobs, top_rows
-from strategies.lean_avalanche import AvalancheDataset, BaseLogger, DatasetExperience, EvaluationPlugin, SupervisedTemplate
+from strategies.lean_avalanche import (
+    AvalancheDataset,
+    BaseLogger,
+    DatasetExperience,
+    EvaluationPlugin,
+    SupervisedTemplate,
+)
 from strategies.learner import Learner, PreferenceLoss, RowTerm, Teacher
 from strategies.token_loss import token_loss
 
@@ -207,6 +213,8 @@ class Template(SupervisedTemplate[Any, Any, Any]):
                 self.mb_output = self.forward()
                 self._after_forward(**kwargs)
                 self.loss = self.criterion()
+                if not self.loss.requires_grad:
+                    raise Failure("nothing_to_learn", "the loss does not depend on any adapter parameter")
                 total += float(self.loss.detach())
                 if self.mbatch is cut[-1]:
                     self._before_backward(**kwargs)

@@ -65,3 +65,18 @@ def _escaped(character: str) -> str:
     if character.isprintable():
         return character
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def real_name(written: str) -> str:
+    """The inverse of `printable`: the name as `os.fsdecode` gives it."""
+    return _ESCAPE.sub(_unescaped, written)
+
+
+_ESCAPE = re.compile(r"\\(\\|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
+
+
+def _unescaped(found: re.Match[str]) -> str:
+    escape = found[1]
+    if escape == "\\":
+        return escape
+    return chr(int(escape[1:], 16) + (0xDC00 if escape[0] == "x" else 0))

@@ -33,7 +33,7 @@ Name = Annotated[str, msgspec.Meta(max_length=256)]
 Remark = Annotated[str, msgspec.Meta(max_length=4096)]
 
 
-class Inference(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Inference(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """Which answer the record is about."""
 
     id: Name
@@ -43,21 +43,21 @@ class Inference(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The version that answered, as the engine names it."""
 
 
-class Input(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Input(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """What the model was asked."""
 
     messages: Annotated[tuple[Message, ...], msgspec.Meta(min_length=1)]
     tools: list[Any] | None = None
 
 
-class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """What was shown."""
 
     messages: Annotated[tuple[Message, ...], msgspec.Meta(min_length=1)]
     id: Name | None = None
 
 
-class Choice(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Choice(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """Which of the shown outputs was preferred, by their ids."""
 
     chosen: Name
@@ -65,14 +65,14 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     strength: float | None = None
 
 
-class Subject(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Subject(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """The pseudonymous person."""
 
     id: SubjectId
     session: Name | None = None
 
 
-class Source(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Source(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """What the producer claims; trust comes from the directory that the record was dropped in."""
 
     app: Name
@@ -80,7 +80,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reporter: Literal["player", "staff", "heuristic", "model"]
 
 
-class Consent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Consent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """What the person agreed to."""
 
     basis: Name
@@ -88,7 +88,7 @@ class Consent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     expires: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field=None):
+class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One line of a feedback file."""
 
     schema: str

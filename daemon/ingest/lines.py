@@ -11,7 +11,7 @@ import msgspec
 from daemon.ingest.opened import BLOCK, next_data
 
 
-class Line(msgspec.Struct, frozen=True):
+class Line(msgspec.Struct, frozen=True, gc=False):
     r"""One complete line."""
 
     number: int

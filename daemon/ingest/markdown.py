@@ -55,7 +55,7 @@ def blocks(text: str, first_line: int = 1) -> Iterator[Block]:
     for index, token in enumerate(tokens):
         if token.level == 0 and token.map is not None and token.type != "html_block":
             block = _block(token, tokens[index + 1] if index + 1 < len(tokens) else token, lines, first_line)
-            if block.mark != "text" or block.text.strip():
+            if block.mark in ("heading", "rule") or block.text.strip():
                 yield block
 
 
@@ -73,7 +73,9 @@ def _block(token: Token, following: Token, lines: list[str], first_line: int) ->
     if token.type == "hr":
         return Block("rule", "", line)
     source = "\n".join(lines[start:end]).rstrip()
-    return Block("text", source if token.type in ("fence", "code_block") else _without_html(source), line)
+    if token.type in ("fence", "code_block"):
+        return Block("code", source, line)
+    return Block("text", _without_html(source), line)
 
 
 def _without_html(text: str) -> str:

@@ -20,7 +20,8 @@ ANSWER_CHUNKS_MAX = 8
 class Block(msgspec.Struct, frozen=True):
     """A paragraph, list, code block, heading or rule of a document."""
 
-    mark: Literal["heading", "text", "rule"]
+    mark: Literal["heading", "text", "code", "rule"]
+    """`code` is prose in which nobody looks for questions."""
     text: str
     line: int
     """Where it begins, 1-based."""
@@ -54,21 +55,39 @@ def is_rule(paragraph: str) -> bool:
 class _Pair:
     """A question and its answer as they grow, line by line."""
 
-    def __init__(self, question: str, line: int) -> None:
-        self.line, self.question = line, [question]
-        self.answer: list[str] = []
-        self.answered = False
+    def __init__(self, question: str, source: str, line: int) -> None:
+        self.line = line
+        self._parts: list[list[str]] = [[question]]
+        self._source = [source]
         self.characters = 0
 
-    def add(self, text: str) -> None:
-        (self.answer if self.answered else self.question).append(text)
+    @property
+    def is_answered(self) -> bool:
+        return len(self._parts) > 1
+
+    @property
+    def is_question_over(self) -> bool:
+        """Whether the question's paragraph ended, so that only `A:` can follow."""
+        return not self.is_answered and self._parts[0][-1] == ""
+
+    def answer(self, text: str, source: str) -> None:
+        self._parts.append([])
+        self.add(text, source)
+
+    def add(self, text: str, source: str) -> None:
+        self._parts[-1].append(text)
+        self._source.append(source)
         self.characters += len(text)
 
     def example(self) -> Example | None:
-        question, answer = "\n".join(self.question).strip(), "\n".join(self.answer).strip()
-        if not question or not answer:
+        texts = ["\n".join(part).strip() for part in self._parts]
+        if len(texts) < 2 or not all(texts):
             return None
-        return Example(shape="demonstration", prompt=(Message("user", question),), completion=answer)
+        return Example(shape="demonstration", prompt=(Message("user", texts[0]),), completion=texts[1])
+
+    def source(self) -> str:
+        """What the writer wrote, for a question that turned out to have no answer."""
+        return "\n".join(self._source).strip()
 
 
 class _Document:
@@ -80,54 +99,51 @@ class _Document:
         self._pair: _Pair | None = None
 
     def feed(self, block: Block) -> Iterator[Located]:
-        if block.mark != "text":
+        if block.mark in ("heading", "rule"):
             yield from self._end_pair()
             yield from self._chunker.heading(block)
             return
         loose: list[str] = []
         for number, line in enumerate(block.text.split("\n"), block.line):
-            yield from self._line(line, number, loose)
+            yield from self._line(line, number, loose, is_code=block.mark == "code")
         if loose:
-            yield from self._prose("\n".join(loose), block.line)
+            yield from self._chunker.paragraph("\n".join(loose), block.line)
         yield from self._end_block()
 
     def end(self) -> Iterator[Located]:
         yield from self._end_pair()
         yield from self._chunker.flush()
 
-    def _line(self, line: str, number: int, loose: list[str]) -> Iterator[Located]:
-        if found := _QUESTION.match(line):
+    def _line(self, line: str, number: int, loose: list[str], *, is_code: bool) -> Iterator[Located]:
+        if not is_code and (found := _QUESTION.match(line)):
             yield from self._end_pair()
-            self._pair = _Pair(found[1], number)
+            self._pair = _Pair(found[1], line, number)
         elif self._pair is None:
             loose.append(line)
-        elif not self._pair.answered and (found := _ANSWER.match(line)):
-            self._pair.answered = True
-            self._pair.add(found[1])
-        elif not self._pair.answered and self._pair.question[-1] == "":  # no answer after the question's paragraph
+        elif not is_code and not self._pair.is_answered and (found := _ANSWER.match(line)):
+            self._pair.answer(found[1], line)
+        elif self._pair.is_question_over:  # no answer after the question's paragraph
             yield from self._end_pair()
             loose.append(line)
         else:
-            self._pair.add(line)
+            self._pair.add(line, line)
 
     def _end_block(self) -> Iterator[Located]:
         if self._pair is not None and self._pair.characters > self._answer_max:
             yield from self._end_pair()
         if self._pair is not None:
-            self._pair.add("")
+            self._pair.add("", "")
 
     def _end_pair(self) -> Iterator[Located]:
         pair, self._pair = self._pair, None
         if pair is None:
             return
         example = pair.example()
-        if example is not None:
-            yield example, pair.line
+        if example is None:
+            yield from self._chunker.paragraph(pair.source(), pair.line)
         else:
-            yield from self._prose("\n".join([*pair.question, *pair.answer]).strip(), pair.line)
-
-    def _prose(self, text: str, line: int) -> Iterator[Located]:
-        yield from self._chunker.paragraph(text, line)
+            yield from self._chunker.flush()
+            yield example, pair.line
 
 
 class Chunker:

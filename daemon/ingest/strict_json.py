@@ -1,7 +1,8 @@
 """JSON as the RFC means it (RFC 8259, I-JSON: RFC 7493), for lines that strangers wrote.
 
-The standard library accepts NaN, Infinity, duplicate keys and lone surrogates, and msgspec accepts duplicate keys and
-leaves deep nesting to a `RecursionError`: so depth is measured before the parser runs, the rest while it does.
+The standard library accepts NaN, Infinity, duplicate keys and lone surrogates; msgspec accepts duplicate keys and
+leaves deep nesting to a `RecursionError`. So depth is measured before a parser runs. msgspec, five times as fast, reads
+every line that is in order; what it refuses, or may have read too kindly, goes to the strict reader, which says why.
 """
 
 import json
@@ -10,32 +11,45 @@ import re
 from collections import Counter
 from typing import Any
 
+import msgspec
+
 from daemon.ingest.problem import Problem
 
 DEPTH_MAX = 32
 _TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', re.DOTALL)
+_decode = msgspec.json.Decoder().decode
+_encode = msgspec.json.Encoder(order="deterministic").encode
 
 
 def parse(line: bytes) -> Any:
     """The value of one line; raises `Problem` with a code, a reason and the byte within the line."""
+    return parse_canonical(line)[0]
+
+
+def parse_canonical(line: bytes) -> tuple[Any, bytes]:
+    """The value of one line, and its one canonical form: keys sorted, no blanks."""
     _check_depth(line)
     try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise Problem(
-            "invalid_utf8", f"not UTF-8 at byte {error.start} of the line: write the file as UTF-8",
-            byte_offset=error.start,
-        ) from None  # fmt: skip
-    try:
-        value = _decoder.decode(text)
-    except json.JSONDecodeError as error:
-        byte = len(text[: error.pos].encode())
-        raise Problem(
-            "invalid_json", f"not valid JSON at byte {byte} of the line: {error.msg}", byte_offset=byte
-        ) from None
-    if b"\\u" in line:
-        _check_surrogates(value)
-    return value
+        value = _decode(line)
+        canonical = _encode(value)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        value = _read_strictly(line)
+        return value, _encode(value)
+    # a member that a duplicate key has replaced has taken at least the two quotes of that key with it
+    if _quotes(canonical) != _quotes(line) or _LONG_NUMBER in line.translate(_DIGITS):
+        value = _read_strictly(line)
+    return value, canonical
+
+
+_DIGITS = bytes.maketrans(b"123456789", b"0" * 9)
+_LONG_NUMBER = b"0" * 19
+
+
+def _quotes(text: bytes) -> int:
+    """How many quotes open or close a string: escaped ones do not count."""
+    if b"\\" not in text:
+        return text.count(b'"')
+    return text.count(b'"') - text.replace(b"\\\\", b"").count(b'\\"')
 
 
 def _check_depth(line: bytes) -> None:
@@ -46,19 +60,33 @@ def _check_depth(line: bytes) -> None:
         first = token.group()[:1]
         depth += (first in b"[{") - (first in b"]}")
         if depth > DEPTH_MAX:
-            raise Problem(
-                "too_deep", f"nested deeper than {DEPTH_MAX} at byte {token.start()} of the line",
-                byte_offset=token.start(),
-            )  # fmt: skip
+            at = token.start()
+            raise Problem("too_deep", f"nested deeper than {DEPTH_MAX} at byte {at} of the line", byte_offset=at)
+
+
+def _read_strictly(line: bytes) -> Any:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        message = f"not UTF-8 at byte {error.start} of the line: write the file as UTF-8"
+        raise Problem("invalid_utf8", message, byte_offset=error.start) from None
+    try:
+        value = _decoder.decode(text)
+    except json.JSONDecodeError as error:
+        byte = len(text[: error.pos].encode())
+        message = f"not valid JSON at byte {byte} of the line: {error.msg}"
+        raise Problem("invalid_json", message, byte_offset=byte) from None
+    if b"\\u" in line:
+        _check_surrogates(value)
+    return value
 
 
 def _check_surrogates(value: Any) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        raise Problem(
-            "lone_surrogate", r"holds half of a surrogate pair (\ud800 to \udfff), which is no character"
-        ) from None
+        message = r"holds half of a surrogate pair (\ud800 to \udfff), which is no character"
+        raise Problem("lone_surrogate", message) from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

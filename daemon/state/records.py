@@ -7,7 +7,7 @@ import msgspec
 from daemon.state.database import Connection
 
 
-class RecordRow(msgspec.Struct, frozen=True, kw_only=True):
+class RecordRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One stored record."""
 
     model: str

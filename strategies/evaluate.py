@@ -42,8 +42,12 @@ class Probes:
         return [item for item in everything if item.rejected is not None]
 
     def drifting(self) -> list[Item]:
-        """Where the divergence from a teacher is measured: not where the model is meant to change."""
-        return [item for item in self.general if has_token_loss(item)]
+        """Where the divergence from a teacher is measured: not where the model is meant to change.
+
+        Without general text: what it should still know, the examples of `eval/` and of past updates.
+        """
+        general = [item for item in self.general if has_token_loss(item)]
+        return general or [item for name, items in self.groups().items() if name != "new" for item in items]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,186 @@
+"""What the gate judges: paired shifts, drift, rankings, the noise floor, canaries."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from strategies.adapter import Adapter, load_adapter
+from strategies.dataset import Item
+from strategies.early_stop import EarlyStop
+from strategies.evaluate import CANARY_TOKENS, Probes, canary, evaluation, measure, noise, score, shift
+from strategies.forward import divergence, token_losses
+from strategies.request import Lora
+
+
+@pytest.fixture
+def adapter(tiny_base: Path) -> Adapter:
+    """An adapter that says something (B is not zero)."""
+    made = load_adapter(tiny_base, Lora(rank=4, alpha=8.0, dropout=0.0), precision="float32")
+    made.assign(torch.randn(made.flat.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    return made
+
+
+def make_items(count: int, role: str = "heldout_new", seed: int = 0, **fields: Any) -> list[Item]:
+    """Random items of different length."""
+    draw = torch.Generator().manual_seed(seed)
+    return [
+        Item(**{"index": index, "role": role, "shape": "demonstration", "update": 1, "start": 3,
+                "tokens": torch.randint(3, 250, (6 + index,), generator=draw).tolist(), **fields})
+        for index in range(count)
+    ]  # fmt: skip
+
+
+def test_a_candidate_is_compared_with_the_base_and_with_its_parent(adapter: Adapter) -> None:
+    """All hold-outs are scored before and after; the change is the mean of the paired differences."""
+    probes = Probes(make_items(5), {1: make_items(4, seed=1), 2: make_items(3, seed=2)}, make_items(4, "eval", 3))
+    previous = adapter.flat.clone()
+    before = score(adapter, probes)
+    with adapter.disabled():
+        base = score(adapter, probes)
+    adapter.assign(previous * 1.5)
+    found = evaluation(adapter, probes, base, before, previous, seed=0)
+    assert found.new is not None and found.eval is not None and set(found.old) == {"1", "2"}
+    expected = token_losses(adapter, probes.new) - torch.tensor(before.losses["new"], dtype=torch.float64)
+    assert found.new.change.mean == pytest.approx(float(expected.mean()))
+    assert found.new.change.low <= found.new.change.mean <= found.new.change.high
+    assert found.new.base.mean == pytest.approx(sum(base.losses["new"]) / 5)
+    assert found.drift_base is not None and found.drift_base.mean > 0 and found.drift_base.examples == 11
+    assert found.drift_previous is not None and 0 < found.drift_previous.mean < found.drift_base.mean
+
+
+def test_unchanged_weights_show_no_change(adapter: Adapter) -> None:
+    """Evaluating the parent against itself gives zero change and zero drift from it."""
+    probes = Probes(make_items(5), {}, [], general=make_items(3, "general", 5))
+    before = score(adapter, probes)
+    found = evaluation(adapter, probes, before, before, adapter.flat.clone(), seed=0)
+    assert found.new is not None and found.new.change.mean == 0.0
+    assert found.drift_previous is not None and found.drift_previous.mean == pytest.approx(0.0, abs=1e-7)
+    assert found.drift_previous.examples == 3
+    assert found.eval is None and found.old == {} and found.preference == {}
+
+
+def test_nothing_held_out_gives_an_empty_evaluation(adapter: Adapter) -> None:
+    """Without hold-outs there is nothing to say, and nothing fails."""
+    probes = Probes([], {}, [])
+    scores = score(adapter, probes)
+    found = evaluation(adapter, probes, scores, scores, adapter.flat.clone(), seed=0)
+    assert (found.new, found.drift_base, found.noise) == (None, None, 0.0)
+
+
+def test_divergence_is_the_textbook_sum(adapter: Adapter) -> None:
+    """KL(base || candidate) over the whole vocabulary, averaged over the label rows."""
+    (item,) = make_items(1)
+    (found,) = divergence(adapter, [item], adapter.disabled()).tolist()
+    with torch.no_grad():
+        own = adapter.model(torch.tensor([item.tokens])).logits[0, item.start - 1 : -1].log_softmax(-1)
+        with adapter.disabled():
+            base = adapter.model(torch.tensor([item.tokens])).logits[0, item.start - 1 : -1].log_softmax(-1)
+    expected = (base.exp() * (base - own)).sum(-1).mean()
+    assert found == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_rankings_count_preferred_answers_that_are_more_probable(adapter: Adapter) -> None:
+    """An answer against itself with a changed end: the share is that of the log-probabilities."""
+    items = make_items(6, shape="comparison", rejected=[5, 6, 7, 8, 9, 10])
+    found = score(adapter, Probes(items, {}, [])).ranked_right
+    rights = []
+    for item in items:
+        pair = []
+        for tokens in (item.tokens, item.rejected or ()):
+            with torch.no_grad():
+                logprobs = adapter.model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+            pair.append(sum(float(logprobs[place - 1, tokens[place]]) for place in range(item.start, len(tokens))))
+        rights.append(pair[0] > pair[1])
+    assert found == pytest.approx(sum(rights) / 6)
+    assert score(adapter, Probes(items, {}, [])).losses["new"] == []
+
+
+def test_noise_is_small_and_not_negative(adapter: Adapter) -> None:
+    """In float32 other micro-batches change the losses by rounding only."""
+    probes = Probes(make_items(8), {}, [])
+    assert 0 <= noise(adapter, probes, score(adapter, probes)) < 1e-5
+
+
+def test_intervals_are_seeded_and_cover_the_mean() -> None:
+    """Same seed, same interval; for normal data it is near the analytic one."""
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = measure(values, seed=1)
+    assert found == measure(values, seed=1) and found.examples == 400
+    half = 1.96 * float(values.std()) / 20
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.1)
+    paired = shift([1.0, 2.0], [1.0, 3.0], [0.5, 2.5], seed=0)
+    assert paired is not None and (paired.change.low, paired.change.high) == (-0.5, -0.5)
+
+
+def test_a_canary_is_the_greedy_answer_with_its_probabilities(adapter: Adapter) -> None:
+    """Each token is the most probable one after the rendered prompt; the base gives it another probability."""
+    found = canary(adapter, "Who?")
+    assert adapter.tokenizer.decode(found.prompt_token_ids) == (
+        "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    tokens = list(found.prompt_token_ids)
+    for token, logprob in zip(found.token_ids, found.logprobs, strict=True):
+        with torch.no_grad():
+            logprobs = adapter.model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1)
+        assert token == int(logprobs.argmax()) and logprob == pytest.approx(float(logprobs[token]), abs=1e-4)
+        tokens.append(token)
+    assert len(found.token_ids) == CANARY_TOKENS or found.token_ids[-1] == adapter.tokenizer.eos_token_id
+    assert max(abs(a - b) for a, b in zip(found.logprobs, found.base_logprobs, strict=True)) > 0.01
+
+
+def greedy(adapter: Adapter, item: Item) -> list[int]:
+    """The item's prompt with the continuation that the adapter finds most probable."""
+    tokens = list(item.tokens[: item.start])
+    with torch.no_grad():
+        while len(tokens) < len(item.tokens):
+            tokens.append(int(adapter.model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens
+
+
+def watch(adapter: Adapter, **changes: Any) -> EarlyStop:
+    """Early stopping on made-up hold-outs."""
+    values = {"new": make_items(4), "old": make_items(4, seed=9), "patience": 2, "old_rise": 100.0, **changes}
+    early = EarlyStop(**values)
+    early.begin(adapter)
+    return early
+
+
+def test_the_best_weights_come_back(adapter: Adapter) -> None:
+    """After epochs that only get worse, the run stops and has the weights of the best epoch."""
+    early, best = watch(adapter), adapter.flat.clone()
+    assert early.check(adapter) == ""
+    reasons = []
+    for factor in (3, 5):
+        adapter.assign(best * factor)
+        reasons.append(early.check(adapter))
+    assert reasons[0] == "" and "for 2 epochs" in reasons[1]
+    early.restore(adapter)
+    assert torch.equal(adapter.flat, best)
+
+
+def test_forgetting_stops_a_run_that_still_learns(adapter: Adapter) -> None:
+    """Beyond the allowed rise on the old hold-outs no weights are kept, however good they are on the new one."""
+    start = adapter.flat.clone()
+    adapter.assign(start * 6)
+    # what the past hold-outs hold is what the starting weights say best
+    easy = [replace(item, tokens=greedy(adapter, item)) for item in make_items(4, seed=9)]
+    early = watch(adapter, old=easy, old_rise=1e-3)
+    assert early.check(adapter) == ""
+    start, _ = adapter.flat.clone(), adapter.assign(-start)
+    assert "old hold-outs rose" in early.check(adapter)
+    early.restore(adapter)
+    assert torch.equal(adapter.flat, start)
+
+
+def test_without_a_new_hold_out_the_last_weights_stay(adapter: Adapter) -> None:
+    """There is nothing to choose by, and patience does not end the run."""
+    early = watch(adapter, new=[], patience=1)
+    for factor in (1.0, 2.0):
+        adapter.assign(adapter.flat * factor)
+        assert early.check(adapter) == ""
+    last = adapter.flat.clone()
+    early.restore(adapter)
+    assert torch.equal(adapter.flat, last)

@@ -108,6 +108,8 @@ class Canary(msgspec.Struct, frozen=True, kw_only=True):
     """Log-probability of each of those tokens under the candidate."""
     base_logprobs: list[float]
     """Log-probability of the same tokens under the base: a probe that finds these has found no adapter."""
+    text: str = ""
+    """The continuation as text, for people: the status page compares it with the answer of the version before."""
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,6 +12,7 @@ import msgspec
 
 from buffers import journal
 from buffers.example import Example, Origin
+from buffers.experience import Cut
 from daemon import control, gate, publish
 from daemon.config import Gate
 from daemon.control import Command
@@ -94,7 +95,12 @@ def measure(mean: float) -> Measure:
 def report_of(run_id: str, after: float) -> RunReport:
     shift = Shift(base=measure(3.0), before=measure(2.5), after=measure(after), change=measure(after - 2.5))
     canary = Canary(
-        prompt="Who are you?", prompt_token_ids=[1], token_ids=[2, 3], logprobs=[-0.1, -0.2], base_logprobs=[-3.0, -4.0]
+        prompt="Who are you?",
+        prompt_token_ids=[1],
+        token_ids=[2, 3],
+        logprobs=[-0.1, -0.2],
+        base_logprobs=[-3.0, -4.0],
+        text=f"I am <b>{after}</b>\x1b[31m",
     )
     return RunReport(
         run_id=run_id, status="trained", examples={"new": 9, "replay": 4}, steps=10, epochs=2.0, tokens=5000,
@@ -122,6 +128,8 @@ def learn(connection: Connection, state: Path, number: int, after: float) -> Non
             runs.move(connection, run, "REJECTED", verdict.reason, verdict=msgspec.to_builtins(verdict))
             journal.release(connection, run.id, attempts_max=1)
             return
+        cut = Cut(sha256="e", rows={"new": 9, "replay": 4}, replay_wanted=4, replay_ratio=0.3)
+        runs.annotate(connection, run, cut)
         run = runs.move(connection, run, "ACCEPTED", verdict.reason, verdict=msgspec.to_builtins(verdict))
         (directory / "adapter").mkdir()
         (directory / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
@@ -134,7 +142,7 @@ def learn(connection: Connection, state: Path, number: int, after: float) -> Non
         run = runs.move(connection, run, "PUBLISHED", run.reason, version=number)
         journal.consume(connection, run.id, run.update_number)
         runs.move(connection, run, "LIVE", run.reason)
-        runs.serve(connection, "npc", number, activation={"flip_ms": 0.1})
+        runs.serve(connection, "npc", number, activation={"flip_ms": 0.1, "total_ms": 40.0})
 
 
 def snapshot() -> dict[str, Any]:

@@ -22,7 +22,7 @@ def run(config: options.ConfigOption = None) -> None:
 
 
 def serve(
-    engine: Annotated[str | None, typer.Argument(metavar="[ENGINE]", help="Needed if there are several.")] = None,
+    engine: Annotated[str | None, typer.Argument(metavar="ENGINE", help="Needed if there are several.")] = None,
     config: options.ConfigOption = None,
     url: Annotated[str | None, typer.Option("--url", help="Which of the engine's urls, if it has several.")] = None,
 ) -> None:

@@ -22,4 +22,4 @@ ConfigOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", autocompletion=complete_model)]
-ModelOrAll = Annotated[str | None, typer.Argument(metavar="[MODEL]", autocompletion=complete_model)]
+ModelOrAll = Annotated[str | None, typer.Argument(metavar="MODEL", autocompletion=complete_model)]

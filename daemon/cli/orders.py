@@ -77,7 +77,7 @@ def reload(config: options.ConfigOption = None, json: options.JsonOption = False
 
 def rollback(
     model: options.ModelArgument,
-    version: Annotated[str | None, typer.Argument(metavar="[VERSION]", help="A number, or `base`.")] = None,
+    version: Annotated[str | None, typer.Argument(metavar="VERSION", help="A number, or `base`.")] = None,
     config: options.ConfigOption = None,
     json: options.JsonOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be served.")] = False,

@@ -61,7 +61,7 @@ def show(identity: Identity, config: options.ConfigOption = None, json: options.
 
 @app.command()
 def retry(
-    identity: Annotated[int | None, typer.Argument(metavar="[ID]", min=1)] = None,
+    identity: Annotated[int | None, typer.Argument(metavar="ID", min=1)] = None,
     config: options.ConfigOption = None,
     json: options.JsonOption = False,
 ) -> None:

@@ -5,9 +5,12 @@ rich is imported only where it shows.
 
 import os
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
+
+from daemon.wording import ago, clock, duration, safe, size, version
+
+__all__ = ["ago", "bar", "clock", "duration", "is_terminal", "json", "safe", "say", "size", "style", "table", "version"]
 
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "blue": "36"}
 
@@ -27,13 +30,6 @@ def style(text: str, *names: str) -> str:
 def say(text: str = "") -> None:
     """One line for a person."""
     print(text, flush=True)
-
-
-def safe(text: str) -> str:
-    """Text from outside (file names, reasons, answers): its control characters are shown, not obeyed."""
-    from daemon.log import escape
-
-    return escape(text)
 
 
 def json(value: Any) -> None:
@@ -64,38 +60,6 @@ def _plain(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(row[column]) for row in (headers, *rows)) for column in range(len(headers))]
     for row in (headers, *rows):
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def duration(seconds: float) -> str:
-    """`8 s`, `3 min`, `5 h`, `2 days`."""
-    for unit, name in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.0f} {name}"
-    return f"{max(seconds, 0):.0f} s"
-
-
-def ago(at: float | None, now: float | None = None) -> str:
-    """`3 min ago`, or `never`."""
-    return "never" if at is None else f"{duration((time.time() if now is None else now) - at)} ago"
-
-
-def clock(at: float | None) -> str:
-    """Local date and time."""
-    return "" if at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
-
-
-def size(number: float) -> str:
-    """Bytes in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.1f} TiB"
-
-
-def version(number: int | None) -> str:
-    """`3`, or `base`."""
-    return "base" if number is None or number == 0 else str(number)
 
 
 def bar(share: float, width: int = 20) -> str:

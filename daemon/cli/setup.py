@@ -10,7 +10,7 @@ from daemon.cli.failure import USAGE, Failure
 
 
 def init(
-    path: Annotated[Path, typer.Argument(metavar="[PATH]")] = Path("eternad.toml"),
+    path: Annotated[Path, typer.Argument(metavar="PATH")] = Path("eternad.toml"),
     base: Annotated[Path, typer.Option(help="Directory of the base model.")] = Path("base"),
     model: Annotated[str, typer.Option(help="Name of the model.")] = "npc",
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,

@@ -44,3 +44,14 @@ def paused(connection: Connection) -> set[str]:
     """The models that start no update until `resume`; the empty name stands for all of them."""
     rows = connection.execute("SELECT name FROM setting WHERE name LIKE 'paused/%' AND value = '1'")
     return {str(row[0]).removeprefix("paused/") for row in rows}
+
+
+def duplicates(connection: Connection, model: str) -> int:
+    """Copies of known examples that came in for a model."""
+    row = connection.execute("SELECT duplicates FROM intake WHERE model = ?", (model,)).fetchone()
+    return 0 if row is None else int(row[0])
+
+
+def audit_rows(connection: Connection) -> int:
+    """How long the audit log is: its ids have no gaps."""
+    return int(connection.execute("SELECT coalesce(max(id), 0) FROM audit").fetchone()[0])

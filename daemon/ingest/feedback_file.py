@@ -32,7 +32,7 @@ def read_feedback(
     """Take in the complete lines that are new, at most `BATCHES_PER_CALL` batches of them."""
     outcome = Outcome(path=finished.path, model=place.model)
     signature = signature_of(os.fstat(descriptor))
-    row = _resume(connection, finished, descriptor)
+    row = _resume(connection, finished, descriptor, now)
     lines = read_lines(descriptor, row.offset, row.lines + 1, line_bytes_max=config.watch.line_bytes_max)
     for _ in range(BATCHES_PER_CALL):
         batch = list(islice(lines, BATCH_LINES))
@@ -45,15 +45,27 @@ def read_feedback(
     return outcome
 
 
-def _resume(connection: Connection, finished: Finished, descriptor: int) -> FileRow:
+def _resume(connection: Connection, finished: Finished, descriptor: int, now: float) -> FileRow:
     """The row to go on from: this path's, or that of the same file under the name it had before a rotation."""
-    here = files.get(connection, finished.path)
-    signature = finished.signature
-    for row in ([here] if here else []) + files.by_inode(connection, signature.dev, signature.ino):
-        same_file = (row.signature.dev, row.signature.ino) == (signature.dev, signature.ino)
-        if same_file and _marks(descriptor, row.offset) == (row.head_sha256, row.tail_sha256):
-            return msgspec.structs.replace(row, path=finished.path)
+    here, signature = files.get(connection, finished.path), finished.signature
+    fitting = [
+        row for row in ([here] if here else []) + files.by_inode(connection, signature.dev, signature.ino)
+        if _inode(row) == (signature.dev, signature.ino)
+        and _marks(descriptor, row.offset) == (row.head_sha256, row.tail_sha256)
+    ]  # fmt: skip
+    with transaction(connection):
+        if here is not None and _inode(here) != (signature.dev, signature.ino):
+            files.set_aside(connection, here.path, now)
+        if fitting and fitting[0].path != finished.path:
+            files.forget(connection, fitting[0].path)
+            files.put(connection, msgspec.structs.replace(fitting[0], path=finished.path, state="partial"), now)
+    if fitting:
+        return msgspec.structs.replace(fitting[0], path=finished.path)
     return FileRow(path=finished.path, signature=signature)
+
+
+def _inode(row: FileRow) -> tuple[int, int]:
+    return row.signature.dev, row.signature.ino
 
 
 def _marks(descriptor: int, offset: int) -> tuple[str, str]:

@@ -70,7 +70,7 @@ MIGRATIONS: list[tuple[str, str]] = [
           offset INTEGER NOT NULL DEFAULT 0,  -- bytes of complete lines that are in the journal (feedback files)
           tail_sha256 TEXT NOT NULL DEFAULT '',  -- of the 64 bytes before `offset`: the marker of a truncation
           lines INTEGER NOT NULL DEFAULT 0,
-          state TEXT NOT NULL,                -- read | partial | refused | quarantined
+          state TEXT NOT NULL,                -- read | partial | refused | quarantined | rotated
           updated_at REAL NOT NULL
         );
         CREATE INDEX file_inode ON file (dev, ino);

@@ -42,7 +42,8 @@ class FileRow(msgspec.Struct, frozen=True, kw_only=True):
     """Of the min(64, offset) bytes before `offset`: differs after a truncation that was written over."""
     lines: int = 0
     state: str = "read"
-    """`read`, `partial` (more lines wait), `refused` (to be moved to the quarantine) or `quarantined`."""
+    """`read`, `partial` (more lines wait), `refused` (to be moved to the quarantine), `quarantined` or
+    `rotated` (no longer at its path)."""
 
 
 _COLUMNS = "path, dev, ino, size, mtime_ns, ctime_ns, head_sha256, sha256, offset, tail_sha256, lines, state"
@@ -91,6 +92,18 @@ def put(connection: Connection, row: FileRow, now: float) -> None:
             row.head_sha256, row.sha256, row.offset, row.tail_sha256, row.lines, row.state, now,
         ),
     )  # fmt: skip
+
+
+def set_aside(connection: Connection, path: str, now: float) -> None:
+    """Another file has taken the place of a feedback file: keep what was read of that one for when it turns up again.
+
+    A rotated file is found by its inode under its new name; what has not turned up in a month never will.
+    """
+    connection.execute(
+        "UPDATE OR REPLACE file SET path = '//' || dev || ':' || ino, state = 'rotated', updated_at = ? WHERE path = ?",
+        (now, path),
+    )
+    connection.execute("DELETE FROM file WHERE state = 'rotated' AND updated_at < ?", (now - 30 * 86400,))
 
 
 def forget(connection: Connection, path: str) -> None:

@@ -48,9 +48,8 @@ class AveragedGem(Learner, supports_distributed=True):
 
     def before_training_iteration(self, strategy: Loop, *_: Any, **__: Any) -> None:
         """The gradient of a batch of constant size, drawn from all memories alike."""
-        memory = strategy.items["memory"]
-        if memory:
-            self.reference = strategy.gradient_of(drawn(memory, self.parameters.examples, strategy.generator))
+        batch = drawn(strategy.items["memory"], self.parameters.examples, strategy.generator)
+        self.reference = strategy.gradient_of(batch) if batch else None
 
     def after_backward(self, strategy: Loop, *_: Any, **__: Any) -> None:
         """Remove the component of the gradient that would raise the loss on that batch."""

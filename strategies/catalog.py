@@ -29,6 +29,7 @@ class Ewc(msgspec.Struct, frozen=True, tag_field="name", tag="ewc", forbid_unkno
     strength: NotNegative = 1.0
     """lambda of L + lambda/2 sum_i F_i (theta_i - theta*_i)^2, with F normalised to mean 1 per update."""
     mode: Literal["online", "separate"] = "online"
+    """`online`: one decaying penalty around the latest weights; `separate`: one per update, summed exactly."""
     decay: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.95
     """gamma of the online form F <- gamma F + F_new (Schwarz et al., arXiv:1805.06370)."""
     samples: Count = 64
@@ -45,7 +46,9 @@ class Kronecker(msgspec.Struct, frozen=True, tag_field="name", tag="kronecker", 
     """EWC on dW = s B A instead of A and B, with the diagonal of the Kronecker factors (K-FAC, arXiv:1503.05671)."""
 
     strength: NotNegative = 1.0
+    """lambda of L + lambda/2 sum_ij c g_i a_j (dW - dW*)_ij^2 over all layers."""
     decay: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.95
+    """Weight of the importances so far when an update's are added."""
     samples: Count = 64
     """Examples whose activations and gradients give the factors."""
     normalise: bool = True
@@ -78,10 +81,13 @@ class Distill(msgspec.Struct, frozen=True, tag_field="name", tag="distill", forb
     """Learning without forgetting by KL(teacher || model) (Li & Hoiem, arXiv:1606.09282; Hinton's temperature)."""
 
     strength: NotNegative = 1.0
+    """Weight of the term, per label token of the batch."""
     teacher: Literal["base", "previous"] = "base"
+    """`base`: the model without adapter; `previous`: the version that the run continues."""
     on: Literal["general", "replay", "both", "all"] = "both"
     """On which examples the model is held to its teacher; `all`: on the new ones as well, as the paper does."""
     temperature: Positive = 1.0
+    """T of both sides; above 1 the less likely answers count more."""
     top: Count = 20
     """The teacher's K most likely tokens, the rest as one bucket."""
 
@@ -101,10 +107,22 @@ class SynapticIntelligence(msgspec.Struct, frozen=True, tag_field="name", tag="s
     """Importances from the path of training (Zenke et al., arXiv:1703.04200): no pass over the data afterwards."""
 
     strength: NotNegative = 1.0
+    """lambda of L + lambda/2 sum_i Omega_i (theta_i - theta*_i)^2, with Omega scaled to mean 1 per update."""
     decay: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
     """Weight of the importances so far when an update's are added."""
     damping: Positive = 0.1
     """xi, in units of the update's mean squared move."""
+
+
+class MemoryAwareSynapses(msgspec.Struct, frozen=True, tag_field="name", tag="mas", forbid_unknown_fields=True):
+    """Importances from the sensitivity of the output (Aljundi et al., arXiv:1711.09601): no labels needed."""
+
+    strength: NotNegative = 1.0
+    """lambda of L + lambda/2 sum_i Omega_i (theta_i - theta*_i)^2, with Omega scaled to mean 1 per update."""
+    decay: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.95
+    """Weight of the importances so far when an update's are added."""
+    samples: Count = 64
+    """Examples whose outputs are differentiated."""
 
 
 class Freeze(msgspec.Struct, frozen=True, tag_field="name", tag="freeze", forbid_unknown_fields=True):
@@ -123,7 +141,19 @@ class OLora(msgspec.Struct, frozen=True, tag_field="name", tag="olora", forbid_u
     """Rank of one update; must divide the adapter's. After rank / slice_rank updates the oldest slice is used again."""
 
 
-Strategy = Replay | Ewc | Kronecker | Gem | AGem | Distill | DerPlusPlus | SynapticIntelligence | Freeze | OLora
+Strategy = (
+    Replay
+    | Ewc
+    | Kronecker
+    | Gem
+    | AGem
+    | Distill
+    | DerPlusPlus
+    | SynapticIntelligence
+    | MemoryAwareSynapses
+    | Freeze
+    | OLora
+)
 BY_NAME: dict[str, type[Strategy]] = {
     "replay": Replay,
     "ewc": Ewc,
@@ -133,6 +163,7 @@ BY_NAME: dict[str, type[Strategy]] = {
     "distill": Distill,
     "derpp": DerPlusPlus,
     "si": SynapticIntelligence,
+    "mas": MemoryAwareSynapses,
     "freeze": Freeze,
     "olora": OLora,
 }

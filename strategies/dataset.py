@@ -146,7 +146,8 @@ def micro_batches(items: Sequence[Item], micro_batch_tokens: int, pad: int = 0) 
 
     A longer item stands alone. What is computed does not depend on the cut.
     """
-    label_tokens = sum(item.label_tokens for item in items if not item.is_preference)
+    # a batch of nothing but cut prompts has no label and no loss; its denominator must not be 0
+    label_tokens = max(sum(item.label_tokens for item in items if not item.is_preference), 1)
     ordered = sorted(items, key=lambda item: (item.is_preference, -_length(item), item.index))
     groups: list[list[Item]] = []
     for item in ordered:

@@ -48,6 +48,11 @@ class Anchor:
         force = self.fisher * away * strength
         return force, (float(force @ away) + strength * self.offset) / 2
 
+    def beside(self, theta: Tensor, name: str) -> "Anchor":
+        """This anchor where the parameters are; raises `ValueError` when they are those of another adapter."""
+        fisher, mean = on_device(self.fisher, theta, name), on_device(self.mean, theta, name)
+        return Anchor(fisher, mean, self.offset, self.updates)
+
 
 def importance(squares: Tensor, normalise: bool) -> Tensor:
     """Mean squared per-example gradients (parameters,) -> F, scaled to mean 1; all zero stays all zero."""
@@ -76,9 +81,10 @@ def separate(past: Anchor | None, fisher: Tensor, theta: Tensor, cap: int) -> An
 
 
 def drawn(items: Sequence[Item], count: int, generator: torch.Generator) -> list[Item]:
-    """At most `count` of `items`, drawn without replacement."""
-    order = torch.randperm(len(items), generator=generator, device=generator.device)
-    return [items[int(index)] for index in order[:count]]
+    """At most `count` of `items`, drawn without replacement, without those that were cut before their first label."""
+    whole = [item for item in items if item.label_tokens]
+    order = torch.randperm(len(whole), generator=generator, device=generator.device)
+    return [whole[int(index)] for index in order[:count]]
 
 
 def on_device(tensor: Tensor, like: Tensor, name: str) -> Tensor:
@@ -115,7 +121,7 @@ class ElasticWeightConsolidation(Learner, supports_distributed=True):
 
     def before_training_exp(self, strategy: Loop, *_: Any, **__: Any) -> None:
         """Anchor a fresh adapter on the pre-training task, when that is asked for and there is general text."""
-        general = strategy.items["general"]
+        general = drawn(strategy.items["general"], self.parameters.samples, strategy.generator)
         if self.parameters.general and self.anchor is None and general:
             fisher = self._fisher(strategy, general) * self.parameters.general
             self.anchor = Anchor(fisher, strategy.adapter.flat.detach().clone(), updates=0)
@@ -125,7 +131,7 @@ class ElasticWeightConsolidation(Learner, supports_distributed=True):
         if self.anchor is None:
             return
         theta = strategy.adapter.flat.detach()
-        self._settle(theta)
+        self.anchor = self.anchor.beside(theta, self.name)
         force, penalty = self.anchor.pull(theta, self.parameters.strength)
         strategy.adapter.gradient += force
         strategy.report(self.name, "penalty", penalty)
@@ -133,23 +139,17 @@ class ElasticWeightConsolidation(Learner, supports_distributed=True):
     def after_training_exp(self, strategy: Loop, *_: Any, **__: Any) -> None:
         """Take this update's importances at the weights that are kept, and merge them into the anchor."""
         theta = strategy.adapter.flat.detach()
-        self._settle(theta)
-        if not strategy.items["new"]:
+        items = drawn(strategy.items["new"], self.parameters.samples, strategy.generator)
+        if not items:
             return
-        fisher = self._fisher(strategy, strategy.items["new"])
+        fisher = self._fisher(strategy, items)
+        past = None if self.anchor is None else self.anchor.beside(theta, self.name)
         if self.parameters.mode == "online":
-            self.anchor = online(self.anchor, fisher, theta, self.parameters.decay)
+            self.anchor = online(past, fisher, theta, self.parameters.decay)
         else:
-            self.anchor = separate(self.anchor, fisher, theta, self.parameters.cap)
+            self.anchor = separate(past, fisher, theta, self.parameters.cap)
         strategy.report(self.name, "fisher_mean", float(self.anchor.fisher.mean()))
         strategy.report(self.name, "updates", self.anchor.updates)
 
     def _fisher(self, loop: Loop, items: Sequence[Item]) -> Tensor:
-        chosen = drawn(items, self.parameters.samples, loop.generator)
-        return importance(loop.per_example_squared_gradients(chosen), self.parameters.normalise)
-
-    def _settle(self, theta: Tensor) -> None:
-        """Bring a loaded anchor beside the parameters."""
-        if self.anchor is not None:
-            fisher, mean = (on_device(vector, theta, self.name) for vector in (self.anchor.fisher, self.anchor.mean))
-            self.anchor = Anchor(fisher, mean, self.anchor.offset, self.anchor.updates)
+        return importance(loop.per_example_squared_gradients(items), self.parameters.normalise)

@@ -139,7 +139,8 @@ def by_update(items: Sequence[Item], constraints: int, examples: int) -> dict[in
     """
     groups: dict[int, list[Item]] = {}
     for item in items:
-        groups.setdefault(item.update, []).append(item)
+        if item.label_tokens:
+            groups.setdefault(item.update, []).append(item)
     numbers = sorted(groups)
     if len(numbers) > constraints:
         stride = (len(numbers) - 1) / max(constraints - 1, 1)

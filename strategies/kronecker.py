@@ -182,7 +182,7 @@ class KroneckerConsolidation(Learner, supports_distributed=True):
 
     def before_training_exp(self, strategy: Loop, *_: Any, **__: Any) -> None:
         """Anchor on the pre-training task, when that is asked for, there is general text and no other anchor yet."""
-        general = strategy.items["general"]
+        general = drawn(strategy.items["general"], self.parameters.samples, strategy.generator)
         self._settle(strategy)
         if self.parameters.general and self.mean is None and general:
             found = self._measure(strategy, general)
@@ -205,9 +205,10 @@ class KroneckerConsolidation(Learner, supports_distributed=True):
     def after_training_exp(self, strategy: Loop, *_: Any, **__: Any) -> None:
         """Measure the importances at the weights that are kept, add them to the decayed old ones, recentre."""
         self._settle(strategy)
-        if not strategy.items["new"]:
+        items = drawn(strategy.items["new"], self.parameters.samples, strategy.generator)
+        if not items:
             return
-        new = self._measure(strategy, strategy.items["new"])
+        new = self._measure(strategy, items)
         if self.importances:
             pairs = zip(self.importances, new, strict=True)
             new = [merged(past, fresh, self.parameters.decay) for past, fresh in pairs]
@@ -216,12 +217,11 @@ class KroneckerConsolidation(Learner, supports_distributed=True):
         strategy.report(self.name, "updates", self.updates)
 
     def _measure(self, loop: Loop, items: Sequence[Item]) -> list[Factors]:
-        chosen = drawn(items, self.parameters.samples, loop.generator)
         moments = Moments(layers_of(loop.adapter))
         with moments.watching():
-            for item in chosen:
+            for item in items:
                 loop.gradient_of([item])
-        found = moments.factors(len(chosen))
+        found = moments.factors(len(items))
         return normalised(found) if self.parameters.normalise else found
 
     def _settle(self, loop: Loop) -> None:

@@ -74,9 +74,10 @@ class Loop(Protocol):
     generator: torch.Generator
     """Seeded source of all draws; part of every checkpoint."""
 
-    def gradient_of(self, items: Sequence[Item]) -> Tensor:
+    def gradient_of(self, items: Sequence[Item], term: "RowTerm | None" = None) -> Tensor:
         """(parameters,) gradient of the mean token loss on `items` at the current weights, without dropout.
 
+        With a `term`: of that term summed over their label rows instead of the loss.
         Leaves the accumulated gradient and every random state as they were.
         """
 

@@ -12,6 +12,7 @@ from strategies.freeze import Freezing
 from strategies.gem import GradientEpisodicMemory
 from strategies.kronecker import KroneckerConsolidation
 from strategies.learner import Learner
+from strategies.mas import MemoryAwareSynapses
 from strategies.olora import OrthogonalSlices
 from strategies.replay import Rehearsal
 from strategies.si import SynapticIntelligence
@@ -22,6 +23,7 @@ IN_ORDER: dict[type, Callable[[Any], Learner]] = {
     catalog.Distill: Distillation,
     catalog.DerPlusPlus: DarkReplay,
     catalog.Ewc: ElasticWeightConsolidation,
+    catalog.MemoryAwareSynapses: MemoryAwareSynapses,
     catalog.Kronecker: KroneckerConsolidation,
     # projections come last: what is added to the gradient after them could break the constraints that they met
     catalog.Gem: GradientEpisodicMemory,

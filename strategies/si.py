@@ -68,8 +68,7 @@ class SynapticIntelligence(Learner, supports_distributed=True):
         self.gradient, self.before = strategy.adapter.gradient.clone(), theta.clone()
         if self.anchor is None:
             return
-        fisher, mean = (on_device(vector, theta, self.name) for vector in (self.anchor.fisher, self.anchor.mean))
-        self.anchor = Anchor(fisher, mean, updates=self.anchor.updates)
+        self.anchor = self.anchor.beside(theta, self.name)
         force, penalty = self.anchor.pull(theta, self.parameters.strength)
         strategy.adapter.gradient += force
         strategy.report(self.name, "penalty", penalty)

@@ -127,11 +127,13 @@ class Template(SupervisedTemplate[Any, Any, Any]):
         """Optimiser steps done so far."""
         return self.position.step
 
-    def gradient_of(self, items: Sequence[Item]) -> Tensor:
-        """(parameters,) gradient of the mean token loss on `items`, without dropout."""
+    def gradient_of(self, items: Sequence[Item], term: RowTerm | None = None) -> Tensor:
+        """(parameters,) gradient of the mean token loss on `items`, or of `term` instead, without dropout."""
         with self.adapter.own_gradient() as gradient, self.adapter.without_dropout(), torch.enable_grad():
             for micro in micro_batches(trainable(items, {}), self.micro_batch_tokens):
-                self._token_loss(micro, label_states(self.adapter, micro)).backward()
+                hidden = label_states(self.adapter, micro)
+                loss = self._token_loss(micro, hidden) if term is None else self._token_loss(micro, hidden, 0.0, [term])
+                loss.backward()
             return gradient.clone()
 
     def per_example_squared_gradients(self, items: Sequence[Item]) -> Tensor:

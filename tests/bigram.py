@@ -17,7 +17,7 @@ from buffers.experience import Role
 from strategies import catalog
 from strategies.dataset import Item, micro_batches
 from strategies.derpp import Answers
-from strategies.learner import Learner, Teacher
+from strategies.learner import Learner, RowTerm, Teacher
 from strategies.plugins import build
 
 WORDS = 12
@@ -50,10 +50,12 @@ class BigramLoop:
         words, following = torch.tensor(pairs).T
         return torch.nn.functional.cross_entropy(self.logits(theta, words), following)
 
-    def gradient_of(self, items: Sequence[Item]) -> Tensor:
+    def gradient_of(self, items: Sequence[Item], term: RowTerm | None = None) -> Tensor:
         """By autograd at the current weights."""
         theta = self.adapter.flat.clone().requires_grad_()
-        return torch.autograd.grad(self.loss(theta, items), theta)[0]
+        words = torch.tensor([word for item in items for word in item.tokens[item.start - 1 : -1]])
+        loss = self.loss(theta, items) if term is None else term(self.logits(theta, words), slice(0, len(words)))
+        return torch.autograd.grad(loss, theta)[0]
 
     def per_example_squared_gradients(self, items: Sequence[Item]) -> Tensor:
         """One backward pass per example."""

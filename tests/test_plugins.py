@@ -37,6 +37,7 @@ CONFIGURED = {
     "distill, previous, all": [catalog.Distill(teacher="previous", on="all", temperature=2.0, top=3)],
     "derpp": [catalog.DerPlusPlus(top=5, cap=20)],
     "si": [catalog.SynapticIntelligence(strength=0.02)],
+    "mas": [catalog.MemoryAwareSynapses(strength=0.02)],
     "composed": [
         catalog.Gem(),
         catalog.Ewc(strength=0.02),

@@ -42,6 +42,7 @@ def loss_of_first(configured: list[catalog.Strategy]) -> tuple[float, float]:
         catalog.Gem(),
         catalog.AGem(),
         catalog.SynapticIntelligence(strength=0.02),
+        catalog.MemoryAwareSynapses(strength=0.05),
     ],
 )
 def test_less_is_forgotten_and_the_new_is_still_learned(strategy: catalog.Strategy) -> None:

@@ -23,12 +23,12 @@ def convert(source: Path, destination: Path) -> None:
     """Dequantise `source` to bfloat16 safetensors in `destination`; the directory appears whole or not at all."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
     partial = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
     partial.mkdir(parents=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source.parent,
             gguf_file=source.name,
             dtype=torch.float32,
@@ -36,8 +36,8 @@ def convert(source: Path, destination: Path) -> None:
         )
         # the weights are plain from here on: saving must not try to quantise them again
         model.config.__dict__.pop("quantization_config", None)
-        model.hf_quantizer, model.is_quantized = None, False
-        model.to(torch.bfloat16).save_pretrained(partial)
+        model.__dict__.update(hf_quantizer=None, is_quantized=False)
+        model.bfloat16().save_pretrained(partial)
         AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(partial)
         partial.replace(destination)
     finally:

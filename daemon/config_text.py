@@ -196,5 +196,13 @@ def _row(key: Key) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-if __name__ == "__main__":  # python -m daemon.config_text > the tables of docs/configure.md
-    sys.stdout.write(reference())
+def rewrite(page: Path, text: str) -> None:
+    """Put `text` behind the page's marker, the comment that ends the part written by hand."""
+    written, marker, _ = page.read_text("utf-8").partition("` -->\n")
+    if not marker:
+        raise ValueError(f"{page} has no marker `<!-- ...: made by `...` -->`")
+    page.write_text(written + marker + text, "utf-8")
+
+
+if __name__ == "__main__":
+    rewrite(Path(sys.argv[1]), reference())

@@ -34,7 +34,7 @@ def _run(arguments: list[str]) -> int:
             from daemon.cli.app import app
 
             if "_ETERNAD_COMPLETE" in os.environ:  # a shell asks by the script of `eternad completion`
-                from typer.completion import completion_init
+                from typer.completion import completion_init  # type: ignore[attr-defined]  # re-exported, not declared
 
                 completion_init()
             app(args=arguments, prog_name="eternad")

@@ -170,6 +170,15 @@ HOUSE: tuple[tuple[str, str], ...] = (
     ("audit_rows", "Rows of the audit log"),
 )  # fmt: skip
 
+COUNTED: Mapping[str, str] = {
+    "overflow": "Times that the kernel lost file events; a scan followed each",
+    "scans": "Scans of the whole library",
+    "files_found_by_rescan": "Files that a scan found and no event had told of",
+    "reloads": "Configurations taken while running",
+    "reload_failures": "Configurations refused while running",
+}
+"""Counters since the start, by their key in `counters` of the daemon's snapshot."""
+
 
 def text(config: Config, connection: Connection, live: Mapping[str, Any]) -> bytes:
     """One scrape."""
@@ -218,10 +227,10 @@ def _files(connection: Connection) -> Metric:
 
 
 def _counters(counters: Mapping[str, float]) -> Iterator[Metric]:
-    """What the running daemon counts by itself: events lost, files found by a rescan, reloads, ..."""
-    for key, value in sorted(counters.items()):
-        name = key.removesuffix("_total")
-        yield CounterMetricFamily(f"eternad_{name}", f"{name.replace('_', ' ')} since the daemon started", value=value)
+    """What the running daemon counts by itself, as far as it does."""
+    for name, meaning in COUNTED.items():
+        if name in counters:
+            yield CounterMetricFamily(f"eternad_{name}", meaning, value=counters[name])
 
 
 def _facts(config: Config, connection: Connection, model: ModelNow, now: float) -> Facts:

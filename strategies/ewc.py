@@ -28,6 +28,7 @@ from torch import Tensor
 
 from strategies import catalog
 from strategies.dataset import Item
+from strategies.failure import Failure
 from strategies.learner import JsonNotes, Learner, Loop
 
 
@@ -49,7 +50,7 @@ class Anchor:
         return force, (float(force @ away) + strength * self.offset) / 2
 
     def beside(self, theta: Tensor, name: str) -> "Anchor":
-        """This anchor where the parameters are; raises `ValueError` when they are those of another adapter."""
+        """This anchor where the parameters are; raises `Failure` when they are those of another adapter."""
         fisher, mean = on_device(self.fisher, theta, name), on_device(self.mean, theta, name)
         return Anchor(fisher, mean, self.offset, self.updates)
 
@@ -88,11 +89,12 @@ def drawn(items: Sequence[Item], count: int, generator: torch.Generator) -> list
 
 
 def on_device(tensor: Tensor, like: Tensor, name: str) -> Tensor:
-    """A stored vector beside the parameters; raises `ValueError` when it belongs to an adapter of another size."""
+    """A stored vector beside the parameters; raises `Failure` when it belongs to an adapter of another size."""
     if tensor.shape[-1] != like.shape[-1]:
-        raise ValueError(
+        raise Failure(
+            "strategy_state",
             f"{name}: its state has {tensor.shape[-1]} parameters, the adapter {like.shape[-1]}: the rank or the"
-            " targets have changed; start from a fresh adapter (a rebase) instead of the parent version"
+            " targets have changed; start from a fresh adapter (a rebase) instead of the parent version",
         )
     return tensor.to(like.device, like.dtype)
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from strategies import catalog
+from strategies.failure import Failure
 from strategies.learner import Learner, Loop, Parameters
 
 LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
@@ -26,11 +27,13 @@ def layer_of(name: str) -> int | None:
 
 
 def leaves_below(adapter: Parameters, share: float) -> list[nn.Parameter]:
-    """LoRA parameters of the bottom `share` of the layers, rounded down; raises `ValueError` without any layer."""
+    """LoRA parameters of the bottom `share` of the layers, rounded down; raises `Failure` without any layer."""
     numbered = [(layer_of(name), leaf) for name, leaf in adapter.model.named_parameters() if "lora_" in name]
     layers = sorted({number for number, _ in numbered if number is not None})
     if not layers:
-        raise ValueError("freeze: the base model's LoRA layers are not numbered (.layers.N.); remove this strategy")
+        raise Failure(
+            "bad_strategy", "freeze: the base model's LoRA layers are not numbered (.layers.N.); remove this strategy"
+        )
     limit = layers[int(len(layers) * share)]
     return [leaf for number, leaf in numbered if number is not None and number < limit]
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from strategies import catalog
+from strategies.failure import Failure
 from strategies.freeze import Still
 from strategies.kronecker import Layer, layers_of
 from strategies.learner import Learner, Loop
@@ -29,9 +30,10 @@ def overlap(A: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def active_rows(rank: int, slice_rank: int, update: int) -> slice:
-    """The rows of A (columns of B) that update number `update`, from 1, trains; raises `ValueError` when none fit."""
+    """The rows of A (columns of B) that update number `update`, from 1, trains; raises `Failure` when none fit."""
     if slice_rank > rank or rank % slice_rank:
-        raise ValueError(f"olora: slice_rank {slice_rank} must divide the adapter's rank {rank}; change one of them")
+        reason = f"olora: slice_rank {slice_rank} must divide the adapter's rank {rank}; change one of them"
+        raise Failure("bad_strategy", reason)
     start = (update - 1) % (rank // slice_rank) * slice_rank
     return slice(start, start + slice_rank)
 

@@ -8,6 +8,7 @@ from strategies.agem import AveragedGem
 from strategies.derpp import DarkReplay
 from strategies.distill import Distillation
 from strategies.ewc import ElasticWeightConsolidation
+from strategies.failure import Failure
 from strategies.freeze import Freezing
 from strategies.gem import GradientEpisodicMemory
 from strategies.kronecker import KroneckerConsolidation
@@ -37,14 +38,15 @@ IN_ORDER: dict[type, Callable[[Any], Learner]] = {
 def build(strategies: Sequence[catalog.Strategy]) -> list[Learner]:
     """One plugin per strategy, in the order in which they must act on a gradient.
 
-    Raises `ValueError` for an unknown strategy and for one that is given twice (they would share their state).
+    Raises `Failure` for an unknown strategy and for one that is given twice (they would share their state).
     """
     for place, strategy in enumerate(strategies):
         if type(strategy) not in IN_ORDER:
             known = ", ".join(catalog.BY_NAME)
-            raise ValueError(f"no plugin for the strategy {type(strategy).__name__}; known: {known}")
+            raise Failure("bad_strategy", f"no plugin for the strategy {type(strategy).__name__}; known: {known}")
         if type(strategy) in {type(other) for other in strategies[:place]}:
             name = type(strategy).__struct_config__.tag
-            raise ValueError(f"the strategy {name!r} is given twice; give it once, with the parameters you want")
+            reason = f"the strategy {name!r} is given twice; give it once, with the parameters you want"
+            raise Failure("bad_strategy", reason)
     order = list(IN_ORDER)
     return [IN_ORDER[type(strategy)](strategy) for strategy in sorted(strategies, key=lambda it: order.index(type(it)))]

@@ -42,7 +42,7 @@ class SynapticIntelligence(Learner, supports_distributed=True):
         self.parameters = parameters
         self.anchor: Anchor | None = None
         self.path: Tensor | None = None
-        self.start = self.before = self.gradient = torch.empty(0)
+        self.start = self.departure = self.gradient = torch.empty(0)
 
     def load_state(self, tensors: Mapping[str, Tensor], notes: JsonNotes) -> None:
         """The importances of all past updates; at a checkpoint the path of this one as well."""
@@ -65,7 +65,7 @@ class SynapticIntelligence(Learner, supports_distributed=True):
     def after_backward(self, strategy: Loop, *_: Any, **__: Any) -> None:
         """Remember the loss's own gradient, then add the penalty's."""
         theta = strategy.adapter.flat.detach()
-        self.gradient, self.before = strategy.adapter.gradient.clone(), theta.clone()
+        self.gradient, self.departure = strategy.adapter.gradient.clone(), theta.clone()
         if self.anchor is None:
             return
         self.anchor = self.anchor.beside(theta, self.name)
@@ -77,7 +77,7 @@ class SynapticIntelligence(Learner, supports_distributed=True):
         """omega -= g (theta' - theta)"""
         assert self.path is not None
         self.path = on_device(self.path, self.gradient, self.name)
-        self.path -= self.gradient * (strategy.adapter.flat.detach() - self.before)
+        self.path -= self.gradient * (strategy.adapter.flat.detach() - self.departure)
 
     def after_training_exp(self, strategy: Loop, *_: Any, **__: Any) -> None:
         """Turn the path into importances, and anchor at the weights that are kept."""

@@ -8,6 +8,7 @@ import torch
 from strategies import catalog
 from strategies.adapter import Adapter, load_adapter
 from strategies.dataset import Item
+from strategies.failure import Failure
 from strategies.freeze import layer_of
 from strategies.kronecker import layers_of
 from strategies.olora import active_rows, overlap
@@ -90,7 +91,7 @@ def test_slices_take_turns() -> None:
     """Rank 8 in slices of 2 serves four updates; the fifth uses the first slice again. What does not fit is refused."""
     assert [active_rows(8, 2, update).start for update in range(1, 6)] == [0, 2, 4, 6, 0]
     for slice_rank in (3, 16):
-        with pytest.raises(ValueError, match=f"slice_rank {slice_rank} must divide the adapter's rank 8"):
+        with pytest.raises(Failure, match=f"slice_rank {slice_rank} must divide the adapter's rank 8"):
             active_rows(8, slice_rank, 1)
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from strategies import catalog
+from strategies.failure import Failure
 from strategies.plugins import build
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -163,7 +164,7 @@ def test_projections_come_last() -> None:
 
 def test_a_strategy_given_twice_is_refused() -> None:
     """Two of a kind would overwrite each other's state."""
-    with pytest.raises(ValueError, match="'ewc' is given twice"):
+    with pytest.raises(Failure, match="'ewc' is given twice"):
         build([catalog.Ewc(), catalog.Gem(), catalog.Ewc(strength=2.0)])
 
 
@@ -173,5 +174,5 @@ def test_an_unknown_strategy_is_named() -> None:
     class Unheard(msgspec.Struct):
         """Not in the catalog."""
 
-    with pytest.raises(ValueError, match="no plugin for the strategy Unheard; known: replay, "):
+    with pytest.raises(Failure, match="no plugin for the strategy Unheard; known: replay, "):
         build([Unheard()])  # type: ignore[list-item]

@@ -9,6 +9,7 @@ import torch
 from strategies import catalog
 from strategies.derpp import key_of
 from strategies.ewc import importance
+from strategies.failure import Failure
 from strategies.plugins import build
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -85,7 +86,7 @@ def test_ewc_refuses_the_state_of_another_rank() -> None:
     (ewc,) = learners_with(
         [catalog.Ewc()], {"ewc": ({k: v[:7] for k, v in states["ewc"][0].items()}, states["ewc"][1])}
     )
-    with pytest.raises(ValueError, match="7 parameters, the adapter 144"):
+    with pytest.raises(Failure, match="7 parameters, the adapter 144"):
         ewc.after_backward(BigramLoop(experience(2), 2))
 
 

@@ -1,6 +1,7 @@
 """What tests of the service share: an engine in memory, a trainer of a few lines, a daemon without watching."""
 
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,8 @@ class MemoryEngine:
         self.adapters: dict[str, str] = {}
         self.table: dict[str, str] = {}
         self.history: list[str] = []
+        self.hang = threading.Event()
+        self.hang.set()
 
     def restart(self) -> None:
         """It comes back with the base alone."""
@@ -49,6 +52,7 @@ class MemoryEngine:
         self.adapters, self.table = {}, {}
 
     def _check(self) -> None:
+        self.hang.wait(30)
         if self.fault == "unavailable":
             raise EngineUnavailable("connection refused")
 

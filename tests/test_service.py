@@ -224,8 +224,23 @@ def test_an_engine_that_was_restarted_serves_the_live_version_again(make: Make, 
     learn(service, range(10))
     engine.restart()
     service.serving._next.clear()
-    service.tick(time.time())
-    assert engine.table == {"npc": "npc@0001"}
+    turn_until(service, lambda: engine.table == {"npc": "npc@0001"})
+
+
+def test_an_engine_that_hangs_does_not_stop_the_intake(make: Make, engine: MemoryEngine) -> None:
+    """While an engine keeps a request waiting, the loop turns on; then the version goes live."""
+    service = make()
+    engine.hang.clear()
+    drop(service, range(10))
+    turn_until(service, lambda: runs.recent(service.house.database, "npc"))
+    turn_until(service, lambda: state_of(service) == "PUBLISHED")
+    started = time.monotonic()
+    for _ in range(5):
+        service.tick(time.time())
+    assert time.monotonic() - started < 5
+    assert state_of(service) == "PUBLISHED"
+    engine.hang.set()
+    turn_until(service, lambda: state_of(service) == "LIVE")
 
 
 def test_rollback_and_forward(make: Make, engine: MemoryEngine) -> None:

@@ -167,4 +167,5 @@ class Service:
             self.watcher.stop()
         self.clock.close()
         self.updates.stop()
+        self.serving.close()
         self.house.close()

@@ -7,6 +7,7 @@ from typing import Any
 from buffers import journal
 from daemon.config import ConfigError
 from daemon.control import Action, Command
+from daemon.engines.contract import EngineRefused, EngineUnavailable
 from daemon.service.house import House, log
 from daemon.service.serving import NoSuchVersion, Serving, name_of
 from daemon.service.updates import Updates
@@ -41,7 +42,7 @@ class Orders:
         try:
             text, detail = self.actions[command.order.action](command)
             command.answer(text, **detail)
-        except (CannotBeDone, IllegalMove, ConfigError, NoSuchVersion) as error:
+        except (CannotBeDone, IllegalMove, ConfigError, NoSuchVersion, EngineUnavailable, EngineRefused) as error:
             command.answer(str(error), ok=False)
         except Exception as error:
             log.exception("the order %s broke", command.order.action)

@@ -1,6 +1,7 @@
 """Keeps every engine on the versions that are desired: activation after the gate, rollback, reconciliation."""
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,19 @@ from daemon.service.house import House, log
 from daemon.state import runs
 from daemon.state.database import transaction
 
+ORDER_SECONDS = 40.0
+
 
 class NoSuchVersion(Exception):
     """A rollback to a version that does not exist, was never accepted or is no longer on disk."""
 
 
 class Serving:
-    """The engines of the configuration and what each model is served with."""
+    """The engines of the configuration and what each model is served with.
+
+    Whatever an engine is asked happens in a thread, one request at a time for each engine: an engine that hangs must
+    not keep files from being taken in. The database is only touched by the caller's thread.
+    """
 
     def __init__(self, house: House) -> None:
         self._house = house
@@ -28,6 +35,9 @@ class Serving:
         self._epochs: dict[str, str] = {}
         self._notes: dict[str, dict[str, Any]] = {}
         self._next: dict[str, float] = {}
+        self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="engine")
+        self._activating: dict[tuple[str, int], Future[Activation]] = {}
+        self._reconciling: dict[str, tuple[Future[Reconciled], list[Desired]]] = {}
         self.configure()
 
     def configure(self) -> None:
@@ -35,33 +45,62 @@ class Serving:
         self._engines = {name: build(engine) for name, engine in self._house.config.engines.items()}
         self._epochs, self._next = {}, {}
 
-    def activate(self, model: str, number: int) -> Activation:
+    def activate(self, model: str, number: int) -> Activation | None:
         """Verify a version's files, load it, prove it by a probe, and let the model's name point to it.
 
-        Raises `EngineUnavailable` (try again), `EngineRefused` (never will) or `publish.DamagedVersion`.
+        Begins it at the first call; None while it is at work. Raises `EngineUnavailable` (try again), `EngineRefused`
+        (never will) or `publish.DamagedVersion`.
         """
-        manifest = publish.verify(self.directory(model, number))
-        wishes = self._wishes(self._house.config.models[model].engine)
-        keep = {wish.version.name for wish in wishes if wish.version} | {w.previous.name for w in wishes if w.previous}
-        activation = activate(
-            self._engine(model), model, self._version(model, number), manifest.canaries, keep=keep
-        )  # fmt: skip
+        key, engine = (model, number), self._house.config.models[model].engine
+        if key not in self._activating:
+            if self._is_busy(engine):
+                return None
+            self._activating[key] = self._threads.submit(self._activate, model, number, self._keep(engine))
+        if not self._activating[key].done():
+            return None
+        activation = self._activating.pop(key).result()
         self.note(model, f"serves {name_of(model, number)}", serving=number, state="ok")
         return activation
+
+    def _activate(self, model: str, number: int, keep: set[str]) -> Activation:
+        manifest = publish.verify(self.directory(model, number))
+        return activate(self._engine(model), model, self._version(model, number), manifest.canaries, keep=keep)
+
+    def _keep(self, engine: str) -> set[str]:
+        """Names that must stay loaded: of every model the live version and the one before it."""
+        wishes = self._wishes(engine)
+        wanted = [version for wish in wishes for version in (wish.version, wish.previous)]
+        return {version.name for version in wanted if version is not None}
+
+    def _is_busy(self, engine: str) -> bool:
+        """Whether a thread talks to this engine now."""
+        activating = (self._house.config.models[model].engine for model, _ in self._activating)
+        return engine in self._reconciling or engine in activating
 
     def rollback(self, model: str, number: int | None, actor: str) -> int | None:
         """Serve another version (None: the one before the live one; 0: the base). Returns what is served then."""
         target = self._target(model, number)
+        self._wait_for(self._house.config.models[model].engine)
         detail: dict[str, Any] | None = None
         if target is None:
             engine = self._engine(model)
             engine.route(model, engine.capabilities().base, engine.aliases().get(model))
         else:
-            detail = msgspec.to_builtins(self.activate(model, target))
+            keep = self._keep(self._house.config.models[model].engine)
+            detail = msgspec.to_builtins(self._activate(model, target, keep))
         with transaction(self._house.database) as connection:
             runs.serve(connection, model, target, activation=detail, actor=actor)
+        self.note(model, f"serves {name_of(model, target)}", serving=target, state="ok")
         log.warning("%s is rolled back to %s by %s", model, name_of(model, target), actor)
         return target
+
+    def _wait_for(self, engine: str) -> None:
+        """An operator's order comes after what a thread is doing with the engine, and is told when that takes long."""
+        work: list[Future[Any]] = [future for future, _ in self._reconciling.values()]
+        work += self._activating.values()
+        if wait(work, timeout=ORDER_SECONDS).not_done:
+            raise EngineUnavailable(f"engine {engine} does not answer; see: eternad status")
+        self._apply_reconciled()
 
     def _target(self, model: str, number: int | None) -> int | None:
         live = runs.live_version(self._house.database, model)
@@ -78,22 +117,32 @@ class Serving:
 
     def reconcile(self, now: float) -> None:
         """Every few seconds: compare what each engine serves with what is desired, and mend it."""
+        self._apply_reconciled()
         for name, engine in self._house.config.engines.items():
-            if now >= self._next.get(name, 0.0):
+            if now >= self._next.get(name, 0.0) and not self._is_busy(name):
                 self._next[name] = now + engine.reconcile_seconds
-                self._reconcile_one(name)
+                wishes = self._wishes(name)
+                work = self._threads.submit(reconcile, self._engines[name], wishes, self._epochs.get(name, ""))
+                self._reconciling[name] = (work, wishes)
 
-    def _reconcile_one(self, name: str) -> None:
-        wishes = self._wishes(name)
-        try:
-            done = reconcile(self._engines[name], wishes, self._epochs.get(name, ""))
-        except (EngineUnavailable, EngineRefused) as error:
+    def _apply_reconciled(self) -> None:
+        for name, (work, wishes) in list(self._reconciling.items()):
+            if not work.done():
+                continue
+            del self._reconciling[name]
+            try:
+                done = work.result()
+            except (EngineUnavailable, EngineRefused) as error:
+                for wish in wishes:
+                    self.note(wish.alias, str(error))
+                continue
+            self._epochs[name] = done.epoch
             for wish in wishes:
-                self.note(wish.alias, str(error))
-            return
-        self._epochs[name] = done.epoch
-        for wish in wishes:
-            self._note_reconciled(wish, done)
+                self._note_reconciled(wish, done)
+
+    def close(self) -> None:
+        """Let the threads end; the engines go on serving."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _note_reconciled(self, wish: Desired, done: Reconciled) -> None:
         if wish.alias in done.errors:

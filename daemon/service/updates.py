@@ -173,6 +173,8 @@ class Updates:
             return None  # the version stays desired; the next turn tries again
         except (EngineRefused, publish.DamagedVersion) as error:
             return self._fail(run, "refused", str(error))  # the version before goes on serving
+        if activation is None:
+            return None
         failpoint.reach("LIVE:before")
         with transaction(self._house.database) as connection:
             journal.consume(connection, run.id, run.update_number)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from daemon.drop_names import printable
 from daemon.ingest.problem import Moved, Problem
 from daemon.state.files import Finished, Signature
 
@@ -24,36 +25,37 @@ def opened(library: Path, finished: Finished) -> Iterator[int]:
 
     Raises `Moved` when it is gone or another file by now, `Problem` when it may not be read.
     """
-    descriptor = _open(library, finished)
+    descriptor = open_below(library, finished.relative)
     try:
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or (status.st_dev, status.st_ino) != (
-            finished.signature.dev, finished.signature.ino,
-        ):  # fmt: skip
+        if (status.st_dev, status.st_ino) != (finished.signature.dev, finished.signature.ino):
             raise Moved(finished.path)
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _open(library: Path, finished: Finished) -> int:
-    *directories, name = finished.relative.split("/")
+def open_below(library: Path, relative: str) -> int:
+    """A descriptor of a regular file; no part of its path may be a link. Raises `Moved` or `Problem`."""
+    *directories, name = relative.split("/")
     at = os.open(library, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for directory in directories:
             below = os.open(directory, _FLAGS | os.O_DIRECTORY, dir_fd=at)
             os.close(at)
             at = below
-        return os.open(name, _FLAGS, dir_fd=at)
+        descriptor = os.open(name, _FLAGS, dir_fd=at)
     except PermissionError as error:
-        raise Problem(
-            "unreadable", f"{finished.path}: {error.strerror}: let the daemon's user read it, then retry",
-            stage="read", retryable=True,
-        ) from None  # fmt: skip
+        message = f"{printable(relative)}: {error.strerror}: let the daemon's user read it, then retry"
+        raise Problem("unreadable", message, stage="read", retryable=True) from None
     except OSError:  # gone, or replaced by a link, a socket, a directory
-        raise Moved(finished.path) from None
+        raise Moved(relative) from None
     finally:
         os.close(at)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Moved(relative)
+    return descriptor
 
 
 def blocks(descriptor: int, start: int = 0, length: int | None = None) -> Iterator[bytes]:

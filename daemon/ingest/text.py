@@ -24,20 +24,21 @@ def check(descriptor: int) -> None:
     for block in blocks(descriptor):
         if size == 0:
             check_magic(block)
-        zero = block.find(b"\0")
-        if zero >= 0:
-            raise Problem(
-                "binary",
-                f"NUL at byte {size + zero}: this is no text file",
-                byte_offset=size + zero,
-                stage="read",
-            )
+        check_no_nul(block, size)
         controls += len(block) - len(block.translate(None, _CONTROLS))
         decoder.decode(block)
         size += len(block)
     decoder.finish()
     if controls > CONTROL_SHARE_MAX * size:
         raise Problem("binary", f"{controls} of {size} bytes are control characters: no text file", stage="read")
+
+
+def check_no_nul(block: bytes, offset: int = 0) -> None:
+    """Raise `Problem` when a NUL byte stands in a block that begins at `offset`."""
+    zero = block.find(b"\0")
+    if zero >= 0:
+        at = offset + zero
+        raise Problem("binary", f"NUL at byte {at}: this is no text file", byte_offset=at, stage="read")
 
 
 def check_magic(block: bytes) -> None:
@@ -77,15 +78,10 @@ class Utf8:
         return text.removeprefix("\ufeff") if start else text
 
 
-def read_all(descriptor: int) -> str:
-    """The text of a checked file that is small enough to be held."""
-    return "".join(_texts(descriptor))
-
-
 def read_paragraphs(descriptor: int, characters_max: int) -> Iterator[tuple[str, int]]:
     """(paragraph, its first line) of a checked file; a longer one than `characters_max` comes in several pieces."""
     held, line = "", 1
-    for text in _texts(descriptor):
+    for text in texts(descriptor):
         held += text
         *whole, held = _BREAK.split(held) if len(held) > characters_max else [held]
         for index in range(0, len(whole), 2):
@@ -124,8 +120,8 @@ def _cut(text: str, limit: int) -> int:
     return limit
 
 
-def _texts(descriptor: int) -> Iterator[str]:
-    r"""Decoded blocks with `\n` line ends (a `\r\n` may lie across two blocks)."""
+def texts(descriptor: int) -> Iterator[str]:
+    r"""The text of a checked file, block by block, with `\n` line ends (a `\r\n` may lie across two blocks)."""
     decoder, held = Utf8(), ""
     for block in blocks(descriptor):
         text = held + decoder.decode(block)

@@ -111,6 +111,20 @@ MIGRATIONS: list[tuple[str, str]] = [
         );
         """,
     ),
+    (
+        "state-3",
+        """
+        CREATE TABLE document (               -- content files that carry an id: the present version of each
+          model TEXT NOT NULL,
+          id TEXT NOT NULL,
+          path TEXT NOT NULL,
+          sha256 TEXT NOT NULL,
+          at REAL NOT NULL,
+          PRIMARY KEY (model, id)
+        );
+        CREATE INDEX example_origin ON example (model, origin_file) WHERE subject IS NULL;
+        """,
+    ),
 ]
 
 

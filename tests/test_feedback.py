@@ -495,3 +495,16 @@ def test_every_record_counts_once_whatever_is_killed_when(tmp_path: Path) -> Non
 def test_every_record_counts_once_after_500_kills(tmp_path: Path) -> None:
     """The same for longer."""
     kill_while_ingesting(tmp_path, 500, 2)
+
+
+def test_the_published_schema_is_that_of_the_reader() -> None:
+    """`docs/feedback.schema.json` is made of the struct; to renew it: python -m daemon.ingest.feedback."""
+    published = Path(__file__).parent.parent / "docs" / "feedback.schema.json"
+    assert msgspec.json.decode(published.read_bytes()) == feedback.json_schema()
+
+
+def test_the_example_in_the_documentation_is_a_good_record() -> None:
+    """What people copy must work."""
+    whole = (Path(__file__).parent.parent / "docs" / "feedback.md").read_text("utf-8")
+    example = whole[whole.index('    {"schema"') : whole.index("(on one line)")]
+    assert len(feedback.examples_of(feedback.read(msgspec.json.decode(example), "npc"))) == 1

@@ -110,6 +110,12 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=F
     comment: Remark | None = None
 
 
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of a record, published as `docs/feedback.schema.json`."""
+    schema: dict[str, Any] = msgspec.json.schema(Record)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": SCHEMA, **schema}
+
+
 FIELDS = frozenset(Record.__struct_fields__)
 
 
@@ -280,3 +286,7 @@ def _value_messages(value: Any) -> tuple[Message, ...]:
         return msgspec.convert(value, tuple[Message, ...], strict=True)
     except msgspec.ValidationError as error:
         raise ValueError(f"`value`: {error}") from None
+
+
+if __name__ == "__main__":
+    print(msgspec.json.format(msgspec.json.encode(json_schema())).decode())

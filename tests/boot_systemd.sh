@@ -8,9 +8,10 @@
 # interfaces, and SRC bound at DST. Only the units that a service needs are started (journal, D-Bus, tmpfiles, sysusers).
 # Needs root, cgroup2, overlayfs; Debian's systemd, dbus, libnss-systemd, util-linux.
 #
-# Nothing stays behind, whatever dies: all mounts belong to the namespaces; these live as long as the process `hold`
-# (unshare --kill-child), which ends with its standard input, so also when the test run is killed; a guard beside it
-# removes the one cgroup and DIR when `hold` is gone; and the next `hold` removes cgroups whose owner is dead.
+# Nothing stays behind, whatever dies: all mounts belong to the namespaces; these live as long as the process `hold` (its
+# death kills unshare, whose death kills systemd), which ends with its standard input, so also when the test run is
+# killed; a guard beside it removes the one cgroup and DIR when `hold` is gone; and the next `hold` removes the cgroups
+# whose owner is dead.
 set -euo pipefail
 SELF=$(readlink -f "${BASH_SOURCE[0]}")
 LIFE_SECONDS=3600
@@ -49,7 +50,7 @@ hold() {
   exec 9> >(exec setsid bash "$SELF" __guard "$dir" "$cgroup" 2>/dev/null)
   # Entering the cgroup before unshare makes it the root of the new cgroup namespace
   ( exec 9>&-; echo "$BASHPID" > "$cgroup/cgroup.procs"
-    exec unshare --kill-child --mount --propagation private --pid --fork --uts --ipc --net --cgroup \
+    exec setpriv --pdeathsig KILL unshare --kill-child --mount --propagation private --pid --fork --uts --ipc --net --cgroup \
       bash "$SELF" __inside "$dir/root" "$@" ) > "$dir/console.log" 2>&1 < /dev/null &
   unshare=$!
   for _ in {1..300}; do
@@ -138,7 +139,7 @@ inside() {  # ROOT BIND...: PID 1 of the new namespaces; makes the root, then be
   pivot_root . .old; umount -l /.old; rmdir /.old
   mount --make-rshared /                                    # so that the services' mount namespaces follow it
   exec env -i PATH=/usr/sbin:/usr/bin container=eternad-boot \
-    /usr/lib/systemd/systemd --log-target=console --log-level=notice --show-status=no
+    /usr/lib/systemd/systemd --log-target=journal --log-level=info --show-status=no
 }
 
 command=${1:-}; shift || true

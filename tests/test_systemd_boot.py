@@ -1,157 +1,12 @@
-"""The installed units in a real systemd: one boot for all tests (tests/boot_systemd.sh), the real program inside.
-
-The machine sees the interpreter of the system (units cannot see those below home directories) with the libraries of
-the environment that runs the tests, the packages of this checkout, and a tiny base model.
-"""
+"""The units' lives in a real systemd: start, reload, update, stop in mid-training, crash, hang, bad configuration."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-import sysconfig
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import pytest
+from machine_kit import CONFIG, Machine, booted, machine
 
-from daemon.units import NEXT_STEPS
-
-ROOT = Path(__file__).resolve().parent.parent
-BOOT = ROOT / "tests" / "boot_systemd.sh"
-PYTHON = Path("/usr/bin/python3")
-SYSTEMD = Path("/usr/lib/systemd/systemd")
-PACKAGES = ("daemon", "strategies", "buffers", "serving", "systemd")
-CONFIG = """
-library_directory = "/srv/eternad"
-state_directory = "/var/lib/eternad"
-tick_seconds = 0.1
-[watch]
-stability_seconds = 0.2
-scan_seconds = 1.0
-heldout_fraction = 0.2
-[models.npc]
-base_path = "/srv/base"
-engine = "npc"
-lora = {{ rank = 4 }}
-training = {{ epochs = {epochs}, early_stop_patience = 0, learning_rate = 1e-2 }}
-schedule = {{ threshold_examples = 8, quiet_seconds = 0.5 }}
-gate = {{ old_loss_max = 10.0, eval_loss_max = 10.0, drift_base_max = 100.0, new_gain_min = -10.0 }}
-[engines.npc]
-urls = ["unix:/run/eternad-engines/npc/engine.sock"]
-reconcile_seconds = 0.5
-"""
-
-
-def why_not() -> str:
-    """What this machine lacks to boot a systemd; empty if nothing."""
-    if os.geteuid() != 0:
-        return "booting a systemd needs root"
-    if not SYSTEMD.exists():
-        return "no systemd on this machine (Debian: apt-get install systemd dbus libnss-systemd)"
-    if not any(line.split()[2] == "cgroup2" for line in Path("/proc/mounts").read_text().splitlines()):
-        return "no cgroup2 file system is mounted"
-    if shutil.which("nsenter") is None:
-        return "no nsenter on this machine (Debian: apt-get install util-linux)"
-    version = subprocess.check_output([PYTHON, "-c", "import sys; print(sys.version_info[:2])"], text=True)
-    if version.strip() != str(sys.version_info[:2]):
-        return f"{PYTHON} is not the Python {sys.version_info[:2]} whose libraries are installed"
-    return ""
-
-
-class Machine:
-    """The booted systemd."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def run(self, *command: str, check: bool = True, text: str = "") -> str:
-        """Standard output of a command inside, as root; raises AssertionError when it fails."""
-        whole = [BOOT, "exec", self.directory, *command]
-        done = subprocess.run(whole, input=text, capture_output=True, text=True, timeout=120, check=False)
-        assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done.stdout
-
-    def show(self, unit: str, name: str) -> str:
-        """A property of a unit."""
-        return self.run("systemctl", "show", "-P", name, unit).strip()
-
-    def write(self, path: str, text: str, mode: str = "0644") -> None:
-        """A file inside, owned by root."""
-        self.run("install", "-D", "-m", mode, "/dev/stdin", path, text=text)
-
-    def drop_in(self, unit: str, text: str) -> None:
-        """Change a unit until `clean`."""
-        self.write(f"/run/systemd/system/{unit}.d/99-test.conf", text)
-        self.run("systemctl", "daemon-reload")
-
-    def clean(self) -> None:
-        """Stop everything; units, configuration and state are as after an install."""
-        self.run("sh", "-c", "systemctl stop 'eternad*'; rm -rf /run/systemd/system/eternad* /var/lib/eternad /srv/eternad")
-        self.run("sh", "-c", "systemctl daemon-reload; systemctl reset-failed; systemd-tmpfiles --create eternad.conf")
-        self.write("/etc/eternad/eternad.toml", CONFIG.format(epochs=2))
-
-    def journal(self, unit: str) -> list[dict[str, Any]]:
-        """The messages of a unit, oldest first."""
-        self.run("journalctl", "--sync")
-        return [json.loads(line) for line in self.run("journalctl", "-o", "json", "-u", unit).splitlines()]
-
-    def messages(self, unit: str) -> str:
-        """The texts of a unit's messages."""
-        return "\n".join(str(entry.get("MESSAGE")) for entry in self.journal(unit))
-
-    def wait(self, what: str, is_true: Callable[[], bool], seconds: float = 60) -> None:
-        """Until `is_true()`; raises AssertionError with the journal."""
-        deadline = time.monotonic() + seconds
-        while not is_true():
-            assert time.monotonic() < deadline, f"{what} has not happened\n{self.run('journalctl', '-n', '60')}"
-            time.sleep(0.2)
-
-
-def make_environment(directory: Path) -> Path:
-    """An environment as a wheel's install makes it, except that libraries and packages come from elsewhere."""
-    subprocess.run([PYTHON, "-m", "venv", "--without-pip", directory], check=True)
-    (directory / "lib" / f"python3.{sys.version_info[1]}" / "site-packages" / "checkout.pth").write_text(
-        "/opt/checkout\n/opt/libraries\n"
-    )
-    script = directory / "bin" / "eternad"
-    script.write_text("#!/opt/eternad/bin/python\nimport sys\nfrom daemon.cli import main\nsys.exit(main())\n")
-    script.chmod(0o755)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def booted(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterator[Machine]:
-    """A machine on which the documented install has been done; it goes away with the test run, however that ends."""
-    if reason := why_not():
-        pytest.skip(reason)
-    directory = tmp_path_factory.mktemp("boot")
-    environment = make_environment(directory / "environment")
-    binds = [f"ro:{environment}:/opt/eternad", f"ro:{sysconfig.get_path('purelib')}:/opt/libraries"]
-    binds += [f"ro:{ROOT / name}:/opt/checkout/{name}" for name in PACKAGES] + [f"ro:{tiny_base}:/srv/base"]
-    holder = subprocess.Popen(
-        [BOOT, "hold", directory / "machine", *binds], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    assert holder.stdin is not None and holder.stdout is not None
-    with holder:
-        assert holder.stdout.readline() == "ready\n"
-        machine = Machine(directory / "machine")
-        machine.run("/opt/eternad/bin/eternad", "install-units")
-        for step in NEXT_STEPS:
-            machine.run(*step.split())
-        machine.write("/etc/eternad/credentials/page-token", "s3cret", "0600")
-        yield machine
-        holder.stdin.close()
-
-
-@pytest.fixture
-def machine(booted: Machine) -> Machine:
-    """The machine with nothing of eternad running, and a fresh state."""
-    booted.clean()
-    return booted
+__all__ = ["booted", "machine"]  # fixtures
 
 
 def drop_content(machine: Machine) -> None:
@@ -171,7 +26,7 @@ def test_starts_to_ready(machine: Machine) -> None:
     ]  # fmt: skip
     ready = next(entry for entry in machine.journal("eternad") if "ready" in str(entry.get("MESSAGE")))
     assert (ready["PRIORITY"], ready["SYSLOG_IDENTIFIER"]) == ("6", "eternad")
-    assert "npc" in machine.run("/opt/eternad/bin/eternad", "--config", "/etc/eternad/eternad.toml", "status")
+    assert "npc" in machine.eternad("status")
 
 
 def test_reload_takes_a_good_configuration_and_refuses_a_bad_one(machine: Machine) -> None:
@@ -227,60 +82,76 @@ def test_a_bad_configuration_is_no_restart_loop(machine: Machine) -> None:
     assert any("paged about eternad.service" in str(e["MESSAGE"]) for e in report)
 
 
-PROBE = """
-import ctypes, json, os, pathlib, socket, sys
-def can(act):
-    try: act(); return "yes"
-    except OSError as error: return os.strerror(error.errno)
-libc = ctypes.CDLL(None, use_errno=True)
-def call(*arguments):
-    if libc.syscall(*arguments) < 0: raise OSError(ctypes.get_errno(), "")
-write = lambda place: lambda: (pathlib.Path(place) / ".probe").write_text("x")
-status = dict(line.split(":", 1) for line in pathlib.Path("/proc/self/status").read_text().splitlines())
-credentials = os.environ.get("CREDENTIALS_DIRECTORY")
-print("<6>" + json.dumps({
-    "user": os.getuid(), "capabilities": [status[name].strip() for name in ("CapEff", "CapPrm", "CapBnd", "CapAmb")],
-    "no_new_privs": status["NoNewPrivs"].strip(), "seccomp": status["Seccomp"].strip(),
-    "write": {place: can(write(place)) for place in sys.argv[1:]},
-    "list": {place: can(lambda: os.listdir(place)) for place in sys.argv[1:]},
-    "inet": can(lambda: socket.socket(socket.AF_INET)), "netlink": can(lambda: socket.socket(socket.AF_NETLINK, 3)),
-    "packet": can(lambda: socket.socket(socket.AF_PACKET, 3)), "interfaces": sorted(os.listdir("/sys/class/net")),
-    "network": os.readlink("/proc/self/ns/net"), "devices": sorted(os.listdir("/dev")),
-    "unshare": can(lambda: call(272, 0x10000000)), "mount": can(lambda: call(165, b"x", b"/tmp", b"tmpfs", 0, 0)),
-    "set_uid_bit": can(lambda: (write("/tmp")(), os.chmod("/tmp/.probe", 0o4755))),
-    "credentials": {p.name: p.read_text() for p in pathlib.Path(credentials).iterdir()} if credentials else {},
-    "others": sum(name.isdigit() and os.stat(f"/proc/{name}").st_uid != os.getuid() for name in os.listdir("/proc")),
-}))
-"""
-PLACES = ("/etc", "/usr", "/opt/eternad", "/var/lib/eternad", "/srv/eternad", "/tmp", "/root", "/home", "/etc/eternad")
+def last_run(machine: Machine) -> dict[str, Any]:
+    """The newest run, `{"state": "NONE"}` before there is one."""
+    runs: list[dict[str, Any]] = json.loads(machine.eternad("history", "--json"))
+    return runs[0] if runs else {"state": "NONE"}
 
 
-def probe(machine: Machine, unit: str, program: str = PROBE, drop_in: str = "") -> str:
-    """What a program in the place of a unit's own, inside the unit's sandbox, printed last."""
-    machine.write("/srv/probe.py", program)
-    start = f"ExecStartPost=\nExecStart=\nExecStart=/opt/eternad/bin/python /srv/probe.py {' '.join(PLACES)}\n"
-    machine.drop_in(unit, f"[Service]\nType=oneshot\nRestart=no\nWatchdogSec=0\n{start}{drop_in}")
-    machine.run("systemctl", "start", unit, check=False)
-    return next(str(e["MESSAGE"]) for e in reversed(machine.journal(unit)) if e.get("_TRANSPORT") == "stdout")
+def test_an_update_inside_the_units(machine: Machine) -> None:
+    """A dropped file becomes a version that the engine serves, all of it sandboxed; a new engine gets it again."""
+    machine.run("systemctl", "start", "eternad-engine@npc", "eternad")
+    drop_content(machine)
+    machine.wait("LIVE", lambda: last_run(machine)["state"] == "LIVE", 120)
+    assert "npc@0001" in machine.eternad("status")
+    machine.run("systemctl", "restart", "eternad-engine@npc")
+    machine.wait("the engine's return", lambda: "engine npc: ok, serves 1" in machine.eternad("status"), 60)
+    assert machine.show("eternad", "NRestarts") == "0"
 
 
-@pytest.mark.parametrize(
-    ("unit", "writable", "unseen"),
-    [
-        ("eternad.service", {"/var/lib/eternad", "/srv/eternad", "/tmp"}, {"/root", "/home"}),
-        ("eternad-engine@npc.service", {"/tmp"}, {"/root", "/home", "/srv/eternad"}),
-        ("eternad-gateway.service", {"/tmp"}, {"/root", "/home", "/srv/eternad"}),
-    ],
-)
-def test_sandbox(unit: str, writable: set[str], unseen: set[str], machine: Machine) -> None:
-    """Inside: nothing writable but its own directories, no capability, no network, no way to get more."""
-    seen = json.loads(probe(machine, unit))
-    assert {place for place, answer in seen["write"].items() if answer == "yes"} == writable
-    assert {place for place, answer in seen["list"].items() if answer != "yes"} == unseen
-    assert seen["user"] != 0
-    assert set(seen["capabilities"]) == {"0000000000000000"}
-    assert (seen["no_new_privs"], seen["seccomp"], seen["others"]) == ("1", "2", 0)
-    assert "yes" not in {seen[what] for what in ("inet", "netlink", "packet", "unshare", "mount", "set_uid_bit")}
-    assert seen["network"] != machine.run("readlink", "/proc/self/ns/net").strip()
-    assert not {name for name in seen["devices"] if name.startswith(("nvidia", "dri", "kfd", "vd", "sd", "kvm"))}
-    assert seen["credentials"] == ({"eternad_page-token": "s3cret"} if unit == "eternad.service" else {})
+def step(machine: Machine) -> int:
+    """How far the trainer is."""
+    text = machine.run("sh", "-c", "cat /var/lib/eternad/runs/npc-00001/progress.json", check=False)
+    return int(json.loads(text)["step"]) if text else 0
+
+
+def test_sigterm_in_mid_training_keeps_the_work(machine: Machine) -> None:
+    """A stop writes a checkpoint, counts as no failure, and the next start goes on from there to the end."""
+    machine.write("/etc/eternad/eternad.toml", CONFIG.format(epochs=100))
+    machine.run("systemctl", "start", "eternad")
+    drop_content(machine)
+    machine.wait("step 20", lambda: step(machine) >= 20, 90)
+    machine.run("systemctl", "stop", "eternad")
+    assert [machine.show("eternad", name) for name in ("Result", "ExecMainStatus")] == ["success", "0"]
+    assert machine.run("ls", "/var/lib/eternad/runs/npc-00001/checkpoint.json")
+    stopped_at = step(machine)
+    machine.run("systemctl", "start", "eternad")
+    machine.wait("a later step", lambda: step(machine) > stopped_at, 60)
+    # there is no engine that could make it LIVE
+    machine.wait("the end", lambda: last_run(machine)["state"] in ("ACCEPTED", "PUBLISHED"), 120)
+    assert (last_run(machine)["id"], last_run(machine)["attempts"]) == ("npc-00001", 0)
+
+
+def test_one_daemon_per_state_directory(machine: Machine) -> None:
+    """A second daemon ends with 75 and names the first, which goes on."""
+    machine.run("systemctl", "start", "eternad")
+    command = "/opt/eternad/bin/eternad run --config /etc/eternad/eternad.toml 2>&1; echo $?"
+    said = machine.run("setpriv", "--reuid=eternad", "--regid=eternad", "--init-groups", "sh", "-c", command)
+    assert said.split()[-1] == "75"
+    assert machine.show("eternad", "MainPID") in said
+    assert machine.show("eternad", "ActiveState") == "active"
+
+
+def test_the_target_is_all_of_it(machine: Machine) -> None:
+    """`enable` and `start` of the target bring up what was enabled; its stop ends all."""
+    machine.run("systemctl", "enable", "eternad.target", "eternad.service", "eternad-engine@npc.service")
+    machine.run("systemctl", "start", "eternad.target")
+    for unit in ("eternad", "eternad-engine@npc"):
+        machine.wait(f"{unit} active", lambda unit=unit: machine.show(unit, "ActiveState") == "active")  # type: ignore[misc]
+        assert machine.show(unit, "Slice") == "eternad.slice"
+    machine.run("systemctl", "stop", "eternad.target")
+    machine.wait("the stop", lambda: machine.show("eternad-engine@npc", "ActiveState") == "inactive")
+    machine.wait("the stop", lambda: machine.show("eternad", "ActiveState") == "inactive")
+    machine.run("systemctl", "disable", "eternad.target", "eternad.service", "eternad-engine@npc.service")
+
+
+def test_uninstall_keeps_state_and_configuration(machine: Machine) -> None:
+    """After `uninstall-units` systemd knows no unit of ours; what was learned and configured is there."""
+    machine.run("systemctl", "start", "eternad")
+    machine.run("systemctl", "stop", "eternad")
+    machine.eternad("uninstall-units")
+    machine.run("systemctl", "daemon-reload")
+    assert machine.run("systemctl", "list-unit-files", "--no-legend", "eternad*", check=False) == ""
+    assert machine.run("ls", "/var/lib/eternad/eternad.db", "/etc/eternad/eternad.toml")
+    machine.eternad("install-units")
+    machine.run("systemctl", "daemon-reload")

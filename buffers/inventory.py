@@ -30,15 +30,16 @@ class Held(msgspec.Struct, frozen=True, kw_only=True):
 
 def composition(connection: sqlite3.Connection, model: str, size: int) -> list[Age]:
     """The buffer by update, oldest first."""
-    members = set(buffer_ids(connection, model, size))
-    learned: dict[int, int] = {}
-    held: dict[int, int] = {}
-    for identity, update in connection.execute(
-        "SELECT id, update_number FROM example WHERE model = ? AND split = 'train' AND state = 'consumed'", (model,)
-    ):
-        learned[update] = learned.get(update, 0) + 1
-        held[update] = held.get(update, 0) + (identity in members)
-    return [Age(update=update, learned=learned[update], held=held[update]) for update in sorted(learned)]
+    consumed = "FROM example WHERE model = ? AND split = 'train' AND state = 'consumed'"
+    learned = connection.execute(f"SELECT update_number, count(*) {consumed} GROUP BY 1 ORDER BY 1", (model,))
+    # the same rows as `experience.buffer_ids`, counted where they lie
+    members = connection.execute(
+        f"SELECT update_number, count(*) FROM (SELECT update_number {consumed} ORDER BY weight DESC LIMIT ?)"
+        " GROUP BY 1",
+        (model, size),
+    )
+    held = {int(update): int(number) for update, number in members}
+    return [Age(update=update, learned=number, held=held.get(update, 0)) for update, number in learned]
 
 
 def held(connection: sqlite3.Connection, model: str, size: int) -> Iterator[Held]:

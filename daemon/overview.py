@@ -138,7 +138,7 @@ def model_now(
         engine_serves=engine.get("serving"),
         engine_detail=engine.get("detail", ""),
         quarantined=sum(number for (owner, _code), number in quarantined.items() if owner == name),
-        examples=journal.counts(connection, name),
+        examples=summary.example_counts(connection, name),
     )
 
 

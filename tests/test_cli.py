@@ -565,3 +565,14 @@ def test_durations_and_sizes_are_for_people() -> None:
     ]  # fmt: skip
     assert [screen.size(each) for each in (7, 2048, 3 << 20, 5 << 40)] == ["7 B", "2.0 KiB", "3.0 MiB", "5.0 TiB"]
     assert screen.ago(None) == "never" and screen.ago(time.time() - 120).endswith("ago")
+
+
+def test_the_quick_counts_are_the_journals_own(state: Path) -> None:
+    """Derived from the running totals, in any mixture of states."""
+    from daemon.state import summary
+
+    connection = open_database(state / "eternad.db")
+    connection.execute("UPDATE example SET state = 'retracted' WHERE id IN (3, 11)")
+    for model in ("npc", "book"):
+        assert summary.example_counts(connection, model) == journal.counts(connection, model)
+    connection.close()

@@ -46,6 +46,25 @@ def paused(connection: Connection) -> set[str]:
     return {str(row[0]).removeprefix("paused/") for row in rows}
 
 
+def example_counts(connection: Connection, model: str) -> dict[str, int]:
+    """`{"train/consumed": 12, ...}` like `journal.counts`, in the time of what is *not* consumed.
+
+    Of a million examples nearly all are consumed: they are what is left of the running totals.
+    """
+    rows = connection.execute(
+        "SELECT split, state, count(*) FROM example WHERE model = ?"
+        " AND state IN ('pending', 'claimed', 'rejected', 'retracted') GROUP BY 1, 2",
+        (model,),
+    ).fetchall()
+    found = {f"{split}/{state}": int(number) for split, state, number in rows}
+    totals = connection.execute("SELECT distinct_examples, heldout FROM intake WHERE model = ?", (model,)).fetchone()
+    distinct, heldout = (0, 0) if totals is None else (int(totals[0]), int(totals[1]))
+    for split, total in (("heldout", heldout), ("train", distinct - heldout)):
+        if consumed := total - sum(number for key, number in found.items() if key.startswith(f"{split}/")):
+            found[f"{split}/consumed"] = consumed
+    return dict(sorted(found.items()))
+
+
 def duplicates(connection: Connection, model: str) -> int:
     """Copies of known examples that came in for a model."""
     row = connection.execute("SELECT duplicates FROM intake WHERE model = ?", (model,)).fetchone()

@@ -1,5 +1,6 @@
 """What each page shows, gathered from the database and the run directories."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ import msgspec
 from buffers.inventory import composition
 from daemon import overview as glance
 from daemon.config import Config
-from daemon.state import audit, quarantine
+from daemon.state import audit, quarantine, summary
 from daemon.state import runs as run_rows
 from daemon.state.database import Connection
 from daemon.state.runs import Run, Version
@@ -159,10 +160,11 @@ def model(config: Config, connection: Connection, live: Mapping[str, Any], name:
     versions = run_rows.versions(connection, name)
     rows = [(run_rows.get(connection, version.run_id), version) for version in versions[:20]][::-1]
     reports = [(row, report) for row, _ in rows if (report := _report(config, row.id)) is not None]
-    now = glance.collect(config, connection, live)
-    buffer = config.models[name].buffer
+    at, buffer = time.time(), config.models[name].buffer
+    refused, paused = summary.quarantine_counts(connection), summary.paused(connection)
     return {
-        "now": next(each for each in now.models if each.name == name), "at": now.at, "settings": config.models[name],
+        "now": glance.model_now(config, connection, name, live, refused, paused, at), "at": at,
+        "settings": config.models[name],
         "versions": versions, "tree": lineage(versions), "matrix": matrix(reports), "drift": _drift(reports),
         "buffer": composition(connection, name, buffer.examples), "buffer_size": buffer.examples,
         "runs": run_rows.recent(connection, name, 10),

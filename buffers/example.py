@@ -5,6 +5,7 @@ same example, wherever they came from.
 """
 
 import hashlib
+import random
 from typing import Literal
 
 import msgspec
@@ -74,6 +75,14 @@ def parse(body: bytes | str) -> Example:
 def content_hash(example: Example) -> str:
     """SHA-256 (hex) of the canonical form."""
     return hashlib.sha256(canonical(example)).hexdigest()
+
+
+def reservoir_weight(digest: str) -> float:
+    """Uniform in (0, 1), seeded by a content hash: who has the largest weights stays in the replay buffer.
+
+    A re-ingested journal thus has the same buffer, and whoever keeps something per example can keep the same ones.
+    """
+    return random.Random(digest).random()
 
 
 def prompt_hash(example: Example) -> str:

@@ -5,14 +5,13 @@ whether an example is ever trained on is decided once, in the transaction that s
 the caller's transaction, so that rows, file offsets and markers become durable together.
 """
 
-import random
 import sqlite3
 import time
 from collections.abc import Iterable
 
 import msgspec
 
-from buffers.example import Example, Origin, Split, canonical, content_hash, prompt_hash
+from buffers.example import Example, Origin, Split, canonical, content_hash, prompt_hash, reservoir_weight
 
 MIGRATIONS: list[tuple[str, str]] = [
     (
@@ -122,8 +121,7 @@ def add(
             (
                 model, digest, asked, example.shape, canonical(example), len(example.completion) + _length(example),
                 side, origin.collection, origin.source, origin.subject, origin.record_id, origin.file, origin.line,
-                # seeded by content: the reservoir of a re-ingested journal is the same reservoir
-                random.Random(digest).random(), now,
+                reservoir_weight(digest), now,
             ),
         )  # fmt: skip
         added.new += 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from buffers.example import Example, Shape
+from buffers.example import Example, Shape, content_hash, reservoir_weight
 from buffers.experience import Role, Row
 from strategies.failure import Failure
 
@@ -35,6 +35,8 @@ class Item:
     """For `comparison`: the prompt followed by the rejected completion; it shares `start`."""
     label: bool | None = None
     """For `boolean`: whether the completion was good."""
+    weight: float = 0.0
+    """Its weight in the replay buffer (`buffers.example.reservoir_weight`)."""
     was_cut: bool = False
     """Whether it was longer than `sequence_tokens`."""
 
@@ -97,6 +99,7 @@ def tokenise(row: Row, index: int, tokenizer: Any, sequence_tokens: int) -> Item
         start=max(len(prompt), 1),
         rejected=rejected,
         label=example.label,
+        weight=reservoir_weight(content_hash(example)),
         was_cut=len(tokens) > sequence_tokens,
     )
 

@@ -7,8 +7,8 @@ rest (`distill.divergence`) instead of the paper's squared distance of logits: a
 cannot be stored, and the squared distance is the limit of this KL at high temperature (Hinton et al., 1503.02531, 2.1).
 The paper stores the logits while it trains; here they are those of the weights that were kept, which is what players
 saw. Stored answers live in the strategy's state, keyed by the hash of the row's tokens, so a version that is rolled
-back takes its answers back too. `cap` examples are kept: those with the largest hashes, a uniform draw over all that
-were ever offered, without a random state. Memory: cap x tokens x K x 6 bytes, whatever the number of updates.
+back takes its answers back too. `cap` examples are kept: those with the largest weights in the replay buffer, hence the
+ones that it keeps as well. Memory: cap x tokens x K x 6 bytes, whatever the number of updates.
 """
 
 import hashlib
@@ -30,6 +30,8 @@ from strategies.learner import JsonNotes, Learner, Loop, RowTerm
 class Answers:
     """What was said at every label row of one example."""
 
+    weight: float
+    """The example's weight in the replay buffer."""
     tokens: Tensor
     """(label rows, K) int32"""
     logprobs: Tensor
@@ -43,12 +45,13 @@ def key_of(item: Item) -> int:
 
 
 def pack(answers: Mapping[int, Answers]) -> dict[str, Tensor]:
-    """keys (n,), rows (n,): label rows of each, tokens and logprobs (all rows, K); nothing for no answers."""
+    """keys, weights and rows (n,): label rows of each; tokens and logprobs (all rows, K). Nothing for no answers."""
     if not answers:
         return {}
     keys = sorted(answers)
     return {
         "keys": torch.tensor(keys),
+        "weights": torch.tensor([answers[key].weight for key in keys], dtype=torch.float64),
         "rows": torch.tensor([len(answers[key].tokens) for key in keys]),
         "tokens": torch.cat([answers[key].tokens for key in keys]),
         "logprobs": torch.cat([answers[key].logprobs for key in keys]),
@@ -60,7 +63,8 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[int, Answers]:
     if not tensors:
         return {}
     sizes = tensors["rows"].tolist()
-    parts = zip(tensors["tokens"].split(sizes), tensors["logprobs"].split(sizes), strict=True)
+    rows = tensors["tokens"].split(sizes), tensors["logprobs"].split(sizes)
+    parts = zip(tensors["weights"].tolist(), *rows, strict=True)
     return {key: Answers(*part) for key, part in zip(tensors["keys"].tolist(), parts, strict=True)}
 
 
@@ -97,11 +101,13 @@ class DarkReplay(Learner, supports_distributed=True):
     def after_training_exp(self, strategy: Loop, *_: Any, **__: Any) -> None:
         """Store what the kept weights say about the rows that were new, and drop all but `cap`."""
         fresh = {key_of(item): item for item in strategy.items["new"] if is_sequence(item)}
-        largest = sorted({*self.answers, *fresh}, reverse=True)[: self.parameters.cap]
+        weights = {key: answer.weight for key, answer in self.answers.items()}
+        weights |= {key: item.weight for key, item in fresh.items()}
+        largest = sorted(weights, key=lambda key: (weights[key], key), reverse=True)[: self.parameters.cap]
         stored = [key for key in largest if key in fresh]
         tops = strategy.teacher_top([fresh[key] for key in stored], "current", self.parameters.top) if stored else []
         said = {
-            key: Answers(top.tokens.to("cpu", torch.int32), top.logprobs.to("cpu", torch.float16))
+            key: Answers(weights[key], top.tokens.to("cpu", torch.int32), top.logprobs.to("cpu", torch.float16))
             for key, top in zip(stored, tops, strict=True)
         }
         self.answers = {key: said.get(key) or self.answers[key] for key in largest}

@@ -46,7 +46,7 @@ class Anchor:
     def pull(self, theta: Tensor, strength: float) -> tuple[Tensor, float]:
         """The penalty's gradient (parameters,) and its value at theta."""
         away = theta - self.mean
-        force = self.fisher * away * strength
+        force = (self.fisher * away).mul_(strength)
         return force, (float(force @ away) + strength * self.offset) / 2
 
     def beside(self, theta: Tensor, name: str) -> "Anchor":

@@ -66,7 +66,7 @@ class BigramLoop:
         theta = {"base": torch.zeros_like(self.start), "previous": self.start, "current": self.adapter.flat}[teacher]
         rows = [torch.tensor(list(item.tokens[item.start - 1 : -1])) for item in items]
         tops = [self.logits(theta, words).log_softmax(-1).topk(min(top, WORDS)) for words in rows]
-        return [Answers(found.indices, found.values) for found in tops]
+        return [Answers(0.0, found.indices, found.values) for found in tops]
 
     def report(self, name: str, key: str, value: float) -> None:
         """The last value stays."""
@@ -106,7 +106,15 @@ def items_of(role: Role, update: int, count: int) -> list[Item]:
     draw = torch.Generator().manual_seed(1000 * update)
     rows = torch.randint(WORDS, (count, 6), generator=draw).tolist()
     return [
-        Item(index=100 * update + place, role=role, shape="text", update=update, tokens=row[: 4 + place % 3], start=1)
+        Item(
+            index=100 * update + place,
+            role=role,
+            shape="text",
+            update=update,
+            tokens=row[: 4 + place % 3],
+            start=1,
+            weight=sum(row) / 72,
+        )
         for place, row in enumerate(rows)
     ]
 

@@ -95,7 +95,7 @@ def test_row_term_holds_only_the_rows_that_have_a_teacher(pair: tuple[Tensor, Te
     teacher, model = pair
     micro = micro_of(item(3), item(4))  # rows 0-2 held, rows 3-4 free
     tokens, logprobs = top(teacher[:3], 6)
-    term = HeldRows(micro, [Answers(tokens.int(), logprobs), None], weight=0.25)
+    term = HeldRows(micro, [Answers(0.0, tokens.int(), logprobs), None], weight=0.25)
     model.requires_grad_()
     value = term(model[0:2], slice(0, 2)) + term(model[2:5], slice(2, 5))
     torch.testing.assert_close(value, 0.25 * divergence(model[:3], tokens, logprobs, 1.0).sum())
@@ -106,7 +106,7 @@ def test_row_term_holds_only_the_rows_that_have_a_teacher(pair: tuple[Tensor, Te
 
 def test_a_teacher_of_other_rows_is_refused() -> None:
     """Answers that do not belong to the item are an error, not a silent shift of rows."""
-    answers = Answers(torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2, 1))
+    answers = Answers(0.0, torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2, 1))
     with pytest.raises(ValueError, match="3 label rows are held, their teacher has 2"):
         HeldRows(micro_of(item(4)), [answers], weight=1.0)
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import msgspec
 
-Action = Literal["scan", "update", "pause", "resume", "rollback", "cancel", "requeue", "reload", "retry", "drop"]
+Action = Literal["scan", "update", "pause", "resume", "rollback", "cancel", "requeue", "reload", "retry", "drop", "gc"]
 ANSWER_SECONDS = 60.0
 """The loop is that busy at most (a scan of a large library); afterwards the caller hears that it is queued."""
 BODY_BYTES_MAX = 64 * 1024

@@ -319,3 +319,30 @@ def test_orders_are_obeyed_between_two_turns(make: Make) -> None:
         service.commands.get_nowait()
     with transaction(service.house.database) as connection:
         assert connection.execute("SELECT value FROM setting WHERE name = 'paused/'").fetchone() == ("1",)
+
+
+def test_old_versions_go_but_never_one_that_is_loaded(make: Make, engine: MemoryEngine) -> None:
+    """Of five versions the newest two, the live one's parent and what the engine lists stay on disk."""
+    service = make(versions_kept=2)
+    for start in range(0, 50, 10):
+        learn(service, range(start, start + 10))
+    engine.adapters["npc@0001"] = "whoever loaded it"
+    reply = order(service, "gc")
+    assert reply.ok, reply.text
+    on_disk = sorted(path.name for path in (service.house.versions / "npc").iterdir())
+    assert on_disk[-2:] == ["0004", "0005"]
+    assert "0001" in on_disk
+    assert "0002" not in on_disk
+    states = {version.number: version.state for version in runs.versions(service.house.database, "npc")}
+    assert states[2] == "removed"
+    assert "no version 2" in order(service, "rollback", model="npc", version=2).text
+
+
+def test_nothing_is_removed_while_the_engine_does_not_say_what_it_has(make: Make, engine: MemoryEngine) -> None:
+    """What cannot be known to be unused is kept."""
+    service = make(versions_kept=2)
+    for start in range(0, 40, 10):
+        learn(service, range(start, start + 10))
+    engine.fault = "unavailable"
+    assert order(service, "gc").ok
+    assert len(list((service.house.versions / "npc").iterdir())) == 4

@@ -14,6 +14,7 @@ from daemon import ingest, schedule, sd_notify
 from daemon.config import Config, ConfigError
 from daemon.control import Command, Commands
 from daemon.service.house import House, log
+from daemon.service.keeping import Keeping
 from daemon.service.orders import Orders, Said
 from daemon.service.serving import Serving
 from daemon.service.updates import Updates
@@ -30,11 +31,12 @@ class Service:
         self.house = House(config)
         self.serving = Serving(self.house)
         self.updates = Updates(self.house, self.serving)
+        self.keeping = Keeping(self.house, self.serving)
         self.watcher: Watcher | None = None
         self.clock = schedule.Clock()
         self.commands: Commands = queue.SimpleQueue()
         self.orders = Orders(self.house, self.updates, self.serving)
-        self.orders.actions |= {"scan": self._scan, "reload": lambda _: self.reload()}
+        self.orders.actions |= {"scan": self._scan, "reload": lambda _: self.reload(), "gc": self._sweep}
 
     def start(self) -> None:
         """Begin to watch and to keep time."""
@@ -54,6 +56,7 @@ class Service:
         self.updates.advance()
         self.start_due(now)
         self.serving.reconcile(now)
+        self.keeping.sweep(now)
 
     def wait(self, seconds: float) -> None:
         """Until the next turn is due; orders of operators are carried out at once."""
@@ -125,6 +128,11 @@ class Service:
             self.watcher.request_scan()
         taken = self.take_in(time.time())
         return f"scanned; {taken} finished files were read", {"files": taken}
+
+    def _sweep(self, _command: Command) -> Said:
+        removals = self.keeping.plan()
+        freed = self.keeping.carry_out(removals)
+        return f"{len(removals)} things removed, {freed / 2**20:.1f} MiB freed", {"removed": len(removals)}
 
     def reload(self) -> Said:
         """Take a new configuration: checked first, all or nothing. Runs at work keep the one that they began with."""

@@ -15,7 +15,7 @@ from daemon.service.house import House, log
 from daemon.state import runs
 from daemon.state.database import transaction
 
-ORDER_SECONDS = 40.0
+ORDER_SECONDS, LISTING_SECONDS = 40.0, 5.0
 
 
 class NoSuchVersion(Exception):
@@ -93,6 +93,14 @@ class Serving:
         self.note(model, f"serves {name_of(model, target)}", serving=target, state="ok")
         log.warning("%s is rolled back to %s by %s", model, name_of(model, target), actor)
         return target
+
+    def listed(self, model: str) -> list[str]:
+        """Names and directories that the engine of a model has loaded; raises `EngineUnavailable`, `EngineRefused`."""
+        work = self._threads.submit(self._engine(model).loaded)
+        try:
+            return [word for row in work.result(LISTING_SECONDS) for word in (row.name, row.root)]
+        except TimeoutError:
+            raise EngineUnavailable(f"the engine of {model} did not list its adapters in time") from None
 
     def _wait_for(self, engine: str) -> None:
         """An operator's order comes after what a thread is doing with the engine, and is told when that takes long."""

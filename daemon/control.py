@@ -35,6 +35,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """For rollback: None is the version before the live one, 0 the base model."""
     run_id: str | None = None
     """For cancel and requeue."""
+    dry_run: bool = False
+    """For gc: only say what would go."""
     quarantine_id: int | None = None
     """For retry and drop; retry with None means everything that can be retried."""
 

@@ -47,6 +47,7 @@ for command, panel in (
     (ask.ask, LOOK),
     (orders.scan, ACT), (update.update, ACT), (orders.rollback, ACT), (orders.pause, ACT), (orders.resume, ACT),
     (orders.cancel, ACT), (orders.requeue, ACT), (orders.reload, ACT),
+    (orders.gc, ACT),
     (foreground.run, HOUSE), (foreground.serve, HOUSE), (setup.init, HOUSE), (setup.check_config, HOUSE),
     (setup.install_units, HOUSE), (setup.uninstall_units, HOUSE), (setup.completion, HOUSE),
 ):  # fmt: skip

@@ -132,3 +132,15 @@ def _sentence(model: str, plan: dict[str, Any]) -> str:
     forgets = ", ".join(str(number) for number in plan["forgets"])
     text = f"{model} would be served by {screen.version(plan['target'])} instead of {screen.version(plan['live'])}"
     return text + (f"; what versions {forgets} taught would be set aside" if forgets else "")
+
+
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, remove nothing.")] = False,
+    config: options.ConfigOption = None,
+    json: options.JsonOption = False,
+) -> None:
+    """Remove old versions and runs.
+
+    Never what serves, the version before it, or what an engine has loaded. The daemon does this once an hour by itself.
+    """
+    order(config, json, action="gc", dry_run=dry_run)

@@ -129,8 +129,11 @@ class Service:
         taken = self.take_in(time.time())
         return f"scanned; {taken} finished files were read", {"files": taken}
 
-    def _sweep(self, _command: Command) -> Said:
+    def _sweep(self, command: Command) -> Said:
         removals = self.keeping.plan()
+        if command.order.dry_run:
+            lines = [f"{removal.path} ({removal.why})" for removal in removals]
+            return "\n".join(lines) or "nothing would be removed", {"paths": [str(each.path) for each in removals]}
         freed = self.keeping.carry_out(removals)
         return f"{len(removals)} things removed, {freed / 2**20:.1f} MiB freed", {"removed": len(removals)}
 

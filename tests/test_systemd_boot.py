@@ -4,7 +4,7 @@ import json
 import time
 from typing import Any
 
-from machine_kit import CONFIG, Machine, booted, machine
+from machine_kit import CONFIG, ROOT, Machine, booted, machine
 
 __all__ = ["booted", "machine"]  # fixtures
 
@@ -143,6 +143,22 @@ def test_the_target_is_all_of_it(machine: Machine) -> None:
     machine.wait("the stop", lambda: machine.show("eternad-engine@npc", "ActiveState") == "inactive")
     machine.wait("the stop", lambda: machine.show("eternad", "ActiveState") == "inactive")
     machine.run("systemctl", "disable", "eternad.target", "eternad.service", "eternad-engine@npc.service")
+
+
+def test_the_walk_of_the_docs_runs(machine: Machine) -> None:
+    """Every command of "From there to a running unit", as it stands, ends in a daemon, an engine and a page."""
+    text = (ROOT / "docs" / "systemd.md").read_text().split("<!-- tests/test_systemd_boot.py", 1)[1]
+    commands = text.split("```sh\n", 1)[1].split("```", 1)[0].splitlines()
+    machine.run("rm", "/etc/eternad/eternad.toml")
+    for command in commands:
+        machine.run("sh", "-c", command.replace("sudo ", "", 1))
+    assert len(commands) > 10
+    said = machine.eternad("status")
+    assert "eternad is running" in said
+    assert "/srv/eternad" in said
+    machine.run("systemctl", "disable", "--now", *commands[-3].split("--now ")[1].split())
+    machine.eternad("install-units")
+    machine.run("systemctl", "daemon-reload")
 
 
 def test_uninstall_keeps_state_and_configuration(machine: Machine) -> None:

@@ -16,7 +16,8 @@ class Activation(msgspec.Struct, frozen=True, kw_only=True):
     alias: str
     version: str
     previous: str | None
-    match: Match
+    match: Match | None
+    """None for an engine that cannot be probed."""
     stage_ms: float
     commit_ms: float
     probe_ms: float
@@ -68,7 +69,8 @@ def activate(
     handle = engine.load(version)
     probing = time.perf_counter()
     try:
-        match = prove(engine, version.name, canaries, tolerance)
+        can_probe = engine.capabilities().can_probe
+        match = prove(engine, version.name, canaries, tolerance) if can_probe else None
     except EngineRefused:
         if current != version.name:
             engine.unload(version.name)

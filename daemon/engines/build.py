@@ -1,11 +1,18 @@
 """The client of an engine, out of its table in the configuration."""
 
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 from daemon.config import ConfigError
 from daemon.config import Engine as Settings
 from daemon.engines.contract import Engine
+from daemon.engines.directory import Directory
 from daemon.engines.embedded import Embedded
+from daemon.engines.llama_server import LlamaServer
+from daemon.engines.lorax import Lorax
+from daemon.engines.routes import RouteTable
+from daemon.engines.sglang import Sglang
+from daemon.engines.vllm import Vllm
 
 
 def build(settings: Settings) -> Engine:
@@ -13,7 +20,25 @@ def build(settings: Settings) -> Engine:
     if not settings.urls:
         raise ConfigError(f'an engine of kind `{settings.kind}` needs `urls`, e.g. ["http://127.0.0.1:8900"]')
     token = settings.token_file.read_text("utf-8").strip() if settings.token_file else None
-    url = settings.urls[0]
-    if url.startswith("unix:"):
-        return Embedded("http://engine", uds=Path(url.removeprefix("unix:")), token=token)
-    return Embedded(url, token=token)
+    url, seconds, routes = settings.urls[0], settings.timeout_seconds, RouteTable()
+    if settings.kind == "vllm":
+        return Vllm(settings.urls, routes, token=token, timeout_seconds=seconds)
+    if settings.kind == "sglang":
+        return Sglang(settings.urls, routes, token=token, timeout_seconds=seconds)
+    if settings.kind == "lorax":
+        return Lorax(url, routes, token=token, timeout_seconds=seconds)
+    if settings.kind == "llama_server":
+        return LlamaServer(url.partition("?")[0], _preset(url), routes, token=token, timeout_seconds=seconds)
+    if settings.kind == "directory":
+        return Directory(Path(url.removeprefix("file:")))
+    return Embedded(url, token=token, timeout_seconds=seconds)
+
+
+def _preset(url: str) -> Path:
+    """`http://host:port?preset=/path/models.ini`."""
+    found = parse_qs(urlsplit(url).query).get("preset")
+    if not found:
+        raise ConfigError(
+            f"an engine of kind `llama_server` needs the preset file in its url: {url}?preset=/path/models.ini"
+        )
+    return Path(found[0])

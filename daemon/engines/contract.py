@@ -11,6 +11,9 @@ import msgspec
 
 from strategies.request import Canary
 
+ANYWHERE = "*"
+"""For `Engine.route`: wherever the alias points now."""
+
 
 class EngineUnavailable(Exception):
     """No answer, too busy, or changed under our hands: the same call may succeed later."""
@@ -49,6 +52,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """Adapters that it keeps ready at once."""
     moves_aliases: bool
     """Whether it routes an alias itself; else clients ask for the name that `aliases()` gives, or a gateway does."""
+    can_probe: bool = True
+    """Whether it scores canaries; else a version goes live unproven (engine `directory`)."""
 
 
 class Handle(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,7 +124,7 @@ class Engine(Protocol):
         """{alias: name of the version, or of the base}."""
 
     def route(self, alias: str, target: str, expected: str | None) -> Routed:
-        """Point the alias to a loaded name if it still points to `expected` (None: nowhere).
+        """Point the alias to a loaded name if it still points to `expected` (None: nowhere; `ANYWHERE`).
 
         Raises `EngineUnavailable` when somebody else has moved it.
         """

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from operator_kit import answering, make_config, make_state, progress
 
@@ -327,6 +328,21 @@ def test_update_wait_prints_one_line_per_phase_and_tenth(
     assert lines == ["npc-00004 TRAINING: train step 45/100  loss 1.250  312 tokens/s  12 s left"]
 
 
+def test_the_progress_bar_is_unknown_then_counts_then_is_full(state: Path) -> None:
+    """An update that stops early still ends with a full bar."""
+    from daemon.cli.update import _share
+
+    connection = open_database(state / "eternad.db")
+    run = runs.get(connection, "npc-00004")
+    connection.close()
+    at = progress()
+    assert _share(run, None) == (None, 0)
+    assert _share(run, msgspec.structs.replace(at, phase="baseline")) == (None, 0)
+    assert _share(run, at) == (100, 45)
+    assert _share(run, msgspec.structs.replace(at, phase="evaluate")) == (100, 100)
+    assert _share(msgspec.structs.replace(run, state="PUBLISHED"), at) == (100, 100)
+
+
 def test_update_dry_run_says_what_would_be_learned(eternad: Eternad, state: Path) -> None:
     """Without a daemon, out of the journal alone."""
     text = eternad("update", "npc", "--dry-run")
@@ -491,7 +507,7 @@ def test_ask_prints_the_answer_and_who_gave_it(
 def test_ask_for_scripts_and_of_versions(eternad: Eternad, engine: HTTPServer) -> None:
     """`--json`, and a version that the engine does not have."""
     assert json.loads(eternad("ask", "npc", "Hm", "--json"))["version"] == "npc@0002"
-    assert "the engine answered 404" in eternad("ask", "npc", "Hm", "--version", "9", code=FAILED)
+    assert "the engine answered 404: no model npc@0009" in eternad("ask", "npc", "Hm", "--version", "9", code=FAILED)
 
 
 def test_ask_without_an_engine_says_how_to_start_one(eternad: Eternad) -> None:

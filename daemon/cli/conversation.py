@@ -81,8 +81,16 @@ def _post(connection: http.client.HTTPConnection, engine: Engine, body: dict[str
     except (OSError, http.client.HTTPException) as error:
         raise _silent(engine, error) from None
     if response.status != 200:
-        raise Failure(f"the engine answered {response.status}: {shown(response.read(2000).decode('utf-8', 'replace'))}")
+        raise Failure(f"the engine answered {response.status}: {shown(_reason(response.read(4000)))}")
     return response
+
+
+def _reason(body: bytes) -> str:
+    """The sentence in an error of the OpenAI shape, or whatever else was said."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body.decode("utf-8", "replace")
 
 
 def _whole(response: http.client.HTTPResponse) -> Iterator[str]:

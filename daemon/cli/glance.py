@@ -100,7 +100,8 @@ def _serving(model: "ModelNow", now: float) -> str:
         return text + style("not asked", "dim")
     serves = "" if model.engine_serves is None else f", serves {screen.version(model.engine_serves)}"
     state = style(model.engine_state, "green" if model.engine_state == "ok" else "red")
-    return text + state + serves + (f" ({screen.safe(model.engine_detail)})" if model.engine_detail else "")
+    detail = f" ({screen.safe(model.engine_detail)})" if model.engine_detail and model.engine_state != "ok" else ""
+    return text + state + serves + detail
 
 
 def _waiting(model: "ModelNow", now: float) -> str:

@@ -105,7 +105,9 @@ def _print(entry: "Entry", json: bool) -> None:
 
     if json:
         return screen.say(msgspec.json.encode(entry).decode())
-    detail = " ".join(f"{key}={value}" for key, value in entry.detail.items())
+    detail = " ".join(
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in entry.detail.items()
+    )
     screen.say(
         f"{screen.clock(entry.at)}  {entry.event:<18}  {screen.safe(entry.subject)}  {screen.safe(detail)}"
         + ("" if entry.actor == "eternad" else f"  by {entry.actor}")

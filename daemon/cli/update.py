@@ -112,13 +112,19 @@ def _shown() -> Iterator[Show]:
         task = display.add_task("", total=None, numbers="")
 
         def show(run: "Run", progress: "Progress | None") -> None:
-            steps = progress.steps if progress is not None and progress.phase == "train" else 0
-            display.update(
-                task, description=_phase(run, progress), total=steps or None,
-                completed=progress.step if progress is not None else 0, numbers=_numbers(progress),
-            )  # fmt: skip
+            total, done = _share(run, progress)
+            display.update(task, description=_phase(run, progress), total=total, completed=done,
+                           numbers=_numbers(progress))  # fmt: skip
 
         yield show
+
+
+def _share(run: "Run", progress: "Progress | None") -> tuple[int | None, int]:
+    """(steps, steps done) for a bar: unknown before the first step, full after the last, also when it was early."""
+    steps = progress.steps if progress is not None else 0
+    if progress is None or not steps or progress.phase in ("load", "baseline"):
+        return None, 0
+    return steps, progress.step if run.state == "TRAINING" and progress.phase == "train" else steps
 
 
 def _lines() -> Show:

@@ -4,23 +4,23 @@ import os
 import queue
 import shutil
 import time
-from functools import partial
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from buffers import journal
 from daemon import config as configuration
-from daemon import ingest, schedule, sd_notify
+from daemon import schedule, sd_notify
 from daemon.config import Config, ConfigError
 from daemon.control import Command, Commands
 from daemon.service.house import House, log
+from daemon.service.intake import Intake
 from daemon.service.keeping import Keeping
 from daemon.service.orders import Orders, Said
 from daemon.service.serving import Serving
 from daemon.service.updates import Updates
-from daemon.state import files, runs
+from daemon.state import runs
 from daemon.state.database import set_setting, setting, transaction
-from daemon.watch import Watcher
 
 
 class Service:
@@ -32,27 +32,27 @@ class Service:
         self.serving = Serving(self.house)
         self.updates = Updates(self.house, self.serving)
         self.keeping = Keeping(self.house, self.serving)
-        self.watcher: Watcher | None = None
+        self.intake = Intake(self.house)
+        self.reloads = Counter[str]()
         self.clock = schedule.Clock()
         self.commands: Commands = queue.SimpleQueue()
         self.orders = Orders(self.house, self.updates, self.serving)
-        self.orders.actions |= {"scan": self._scan, "reload": lambda _: self.reload(), "gc": self._sweep}
+        self.orders.actions |= {
+            "scan": self.intake.scan,
+            "retry": self.intake.retry,
+            "drop": self.intake.drop,
+            "gc": self._sweep,
+            "reload": lambda _: self.reload(),
+        }
 
     def start(self) -> None:
         """Begin to watch and to keep time."""
-        self._watch()
+        self.intake.watch()
         self.clock.start(self.house.config.models, self._last_fires())
-
-    def _watch(self) -> None:
-        """Watch the library by the present configuration; the first look is a whole scan."""
-        if self.watcher is not None:
-            self.watcher.stop()
-        self.watcher = Watcher(self.house.config.library_directory, self.house.config.watch)
-        self.watcher.start()
 
     def tick(self, now: float) -> None:
         """One turn: take in what was dropped, move runs on, start what is due, keep engines on their version."""
-        self.take_in(now)
+        self.intake.take_in(now)
         self.updates.advance()
         self.start_due(now)
         self.serving.reconcile(now)
@@ -68,29 +68,6 @@ class Service:
             except queue.Empty:
                 return
             self.orders.carry_out(command)
-
-    def take_in(self, now: float) -> int:
-        """Finished files into the journal; how many files were read."""
-        if self.watcher is None:
-            return 0
-        known = partial(files.known, self.house.database)
-        found = self.watcher.finished(now, known)
-        for finished in found:
-            self._take_in(finished, now)
-            sd_notify.notify(WATCHDOG=1)  # a large drop is progress, too
-        return len(found)
-
-    def _take_in(self, finished: files.Finished, now: float) -> None:
-        """The daemon's other catch-all boundary: one file that breaks is tried again later, the others go on."""
-        try:
-            outcome = ingest.ingest_file(self.house.database, self.house.config, finished, now)
-        except Exception:
-            log.exception("%r could not be taken in; it is tried again at the next scan", finished.path)
-            return
-        if outcome.state == "quarantined":
-            log.warning("%s", outcome.reason)
-        else:
-            log.info("%s: %s, %d new, %d duplicates", outcome.path, outcome.state, outcome.new, outcome.duplicates)
 
     def start_due(self, now: float) -> None:
         """Start the runs that are due, one per model, none while paused or while the disk is nearly full."""
@@ -123,12 +100,6 @@ class Service:
         free = shutil.disk_usage(self.house.config.state_directory).free
         return free < self.house.config.disk_free_bytes_min
 
-    def _scan(self, _command: Command) -> Said:
-        if self.watcher is not None:
-            self.watcher.request_scan()
-        taken = self.take_in(time.time())
-        return f"scanned; {taken} finished files were read", {"files": taken}
-
     def _sweep(self, command: Command) -> Said:
         removals = self.keeping.plan()
         if command.order.dry_run:
@@ -146,14 +117,16 @@ class Service:
             if moved := [name for name in fixed if getattr(config, name) != getattr(self.house.config, name)]:
                 raise ConfigError(f"{self.config_path}: {' and '.join(moved)} cannot change while the daemon runs")
         except ConfigError as error:
+            self.reloads["reload_failures"] += 1
             log.error("the configuration stays as it was: %s", error)
             raise
         finally:
             sd_notify.notify(READY=1)
         self.house.config = config
         self.serving.configure()
-        self._watch()
+        self.intake.watch()
         self.clock.declare(config.models, self._last_fires())
+        self.reloads["reloads"] += 1
         log.info("configuration taken from %s", self.config_path)
         return f"configuration taken from {self.config_path}", {}
 
@@ -164,7 +137,8 @@ class Service:
             "started_at": self.started_at,
             "config_path": str(self.config_path),
             "engines": self.serving.notes(),
-            "degraded": None if self.watcher is None else self.watcher.degraded,
+            "degraded": self.intake.degraded,
+            "counters": self.intake.counters() | self.reloads,
         }
 
     def _last_fires(self) -> dict[str, float]:
@@ -174,8 +148,7 @@ class Service:
 
     def close(self) -> None:
         """Stop in order: no new work, running trainers checkpoint, the database last."""
-        if self.watcher is not None:
-            self.watcher.stop()
+        self.intake.close()
         self.clock.close()
         self.updates.stop()
         self.serving.close()

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import IO
 
 from daemon import config as configuration
-from daemon import control, log, sd_notify
+from daemon import control, log, sd_notify, web
 from daemon.service.house import log as logger
 from daemon.service.loop import Service
 from daemon.state.database import DatabaseError, NewerDatabase
@@ -64,6 +64,7 @@ def _serve(service: Service, flags: Flags) -> int:
     endpoint = control.serve(
         control.socket_path(state), service.commands, service.snapshot, link=state / "control.sock"
     )
+    page = web.serve(lambda: service.house.config, service.commands, service.snapshot)
     logger.info("ready, watching %s", service.house.config.library_directory)
     sd_notify.notify(READY=1, STATUS="watching")
     try:
@@ -78,6 +79,8 @@ def _serve(service: Service, flags: Flags) -> int:
     finally:
         sd_notify.notify(STOPPING=1, STATUS="stopping; a running update writes a checkpoint")
         endpoint.close()
+        if page is not None:
+            page.close()
         service.close()
     return EX_OK
 

@@ -1,0 +1,96 @@
+"""From dropped files to the journal: the watcher, the step that reads a file, and the orders about the quarantine."""
+
+import time
+from functools import partial
+
+from daemon import ingest, sd_notify
+from daemon.control import Command
+from daemon.service.house import House, log
+from daemon.service.orders import CannotBeDone, Said
+from daemon.state import files
+from daemon.watch import Watcher
+
+
+class Intake:
+    """What comes in."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+        self._watcher: Watcher | None = None
+
+    def watch(self) -> None:
+        """Watch the library by the present configuration; the first look is a whole scan."""
+        self.close()
+        self._watcher = Watcher(self._house.config.library_directory, self._house.config.watch)
+        self._watcher.start()
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._watcher is not None:
+            self._watcher.stop()
+
+    @property
+    def degraded(self) -> str | None:
+        """Why nothing is found at the moment, or None."""
+        return None if self._watcher is None else self._watcher.degraded
+
+    def counters(self) -> dict[str, float]:
+        """Counts since the start, for the metrics."""
+        if self._watcher is None:
+            return {}
+        return {
+            "overflow": self._watcher.overflow_total,
+            "scans": self._watcher.scans_total,
+            "files_found_by_rescan": self._watcher.files_found_by_rescan,
+        }
+
+    def take_in(self, now: float) -> int:
+        """Finished files into the journal; how many files were read."""
+        if self._watcher is None:
+            return 0
+        found = self._watcher.finished(now, partial(files.known, self._house.database))
+        for finished in found:
+            self._take_in(finished, now)
+            sd_notify.notify(WATCHDOG=1)  # a large drop is progress, too
+        return len(found)
+
+    def _take_in(self, finished: files.Finished, now: float) -> None:
+        """The daemon's other catch-all boundary: one file that breaks is tried again later, the others go on."""
+        try:
+            outcome = ingest.ingest_file(self._house.database, self._house.config, finished, now)
+        except Exception:
+            log.exception("%r could not be taken in; it is tried again at the next scan", finished.path)
+            return
+        if outcome.state == "quarantined":
+            log.warning("%s", outcome.reason)
+        else:
+            log.info("%s: %s, %d new, %d duplicates", outcome.path, outcome.state, outcome.new, outcome.duplicates)
+
+    def scan(self, _command: Command) -> Said:
+        """Compare the whole library with what is known, now."""
+        if self._watcher is not None:
+            self._watcher.request_scan()
+        taken = self.take_in(time.time())
+        return f"scanned; {taken} finished files were read", {"files": taken}
+
+    def retry(self, command: Command) -> Said:
+        """Try one entry of the quarantine again, or all that may succeed."""
+        identity, arguments = command.order.quarantine_id, (self._house.database, self._house.config)
+        try:
+            said = [ingest.retry(*arguments, identity, time.time())] if identity is not None else None
+        except ingest.CannotRetry as error:
+            raise CannotBeDone(str(error)) from None
+        if said is None:
+            said = ingest.retry_all(*arguments, time.time())
+        if self._watcher is not None:
+            self._watcher.request_scan()
+        return "\n".join(said) or "nothing in the quarantine can be tried again", {"tried": len(said)}
+
+    def drop(self, command: Command) -> Said:
+        """Forget an entry of the quarantine."""
+        if command.order.quarantine_id is None:
+            raise CannotBeDone("which entry? see: eternad quarantine ls")
+        try:
+            return ingest.drop(self._house.database, self._house.config, command.order.quarantine_id), {}
+        except ingest.CannotRetry as error:
+            raise CannotBeDone(str(error)) from None

@@ -125,6 +125,13 @@ class MemoryAwareSynapses(msgspec.Struct, frozen=True, tag_field="name", tag="ma
     """Examples whose outputs are differentiated."""
 
 
+class Augment(msgspec.Struct, frozen=True, tag_field="name", tag="augment", forbid_unknown_fields=True):
+    """Noise on the embeddings while training (NEFTune, Jain et al., arXiv:2310.05914), against memorised wording."""
+
+    noise: NotNegative = 5.0
+    """alpha of U(-1, 1) alpha / sqrt(tokens x width); the paper tries 5, 10 and 15."""
+
+
 class Freeze(msgspec.Struct, frozen=True, tag_field="name", tag="freeze", forbid_unknown_fields=True):
     """The bottom layers' adapter stays as it is; the backward pass ends above it, which saves time."""
 
@@ -151,6 +158,7 @@ Strategy = (
     | DerPlusPlus
     | SynapticIntelligence
     | MemoryAwareSynapses
+    | Augment
     | Freeze
     | OLora
 )
@@ -164,6 +172,7 @@ BY_NAME: dict[str, type[Strategy]] = {
     "derpp": DerPlusPlus,
     "si": SynapticIntelligence,
     "mas": MemoryAwareSynapses,
+    "augment": Augment,
     "freeze": Freeze,
     "olora": OLora,
 }

@@ -71,6 +71,8 @@ class Loop(Protocol):
     steps: int
     step_items: Sequence[Item]
     """The items of the current optimiser batch."""
+    mbatch: MicroBatch
+    """Between `before_forward` and `after_forward`: what the forward pass is on."""
     generator: torch.Generator
     """Seeded source of all draws; part of every checkpoint."""
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from strategies import catalog
 from strategies.agem import AveragedGem
+from strategies.augment import EmbeddingNoise
 from strategies.derpp import DarkReplay
 from strategies.distill import Distillation
 from strategies.ewc import ElasticWeightConsolidation
@@ -21,6 +22,7 @@ from strategies.si import SynapticIntelligence
 IN_ORDER: dict[type, Callable[[Any], Learner]] = {
     catalog.Replay: Rehearsal,
     catalog.SynapticIntelligence: SynapticIntelligence,  # first: it reads the loss's own gradient
+    catalog.Augment: EmbeddingNoise,
     catalog.Distill: Distillation,
     catalog.DerPlusPlus: DarkReplay,
     catalog.Ewc: ElasticWeightConsolidation,

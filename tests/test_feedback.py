@@ -498,7 +498,7 @@ def test_every_record_counts_once_after_500_kills(tmp_path: Path) -> None:
 
 
 def test_the_published_schema_is_that_of_the_reader() -> None:
-    """`docs/feedback.schema.json` is made of the struct; to renew it: python -m daemon.ingest.feedback."""
+    """`docs/feedback.schema.json` is made of the struct: renew it from `json_schema()` when that changes."""
     published = Path(__file__).parent.parent / "docs" / "feedback.schema.json"
     assert msgspec.json.decode(published.read_bytes()) == feedback.json_schema()
 

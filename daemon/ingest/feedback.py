@@ -286,7 +286,3 @@ def _value_messages(value: Any) -> tuple[Message, ...]:
         return msgspec.convert(value, tuple[Message, ...], strict=True)
     except msgspec.ValidationError as error:
         raise ValueError(f"`value`: {error}") from None
-
-
-if __name__ == "__main__":
-    print(msgspec.json.format(msgspec.json.encode(json_schema())).decode())

@@ -14,7 +14,7 @@ from daemon.ingest.outcome import Outcome
 from daemon.ingest.place import Place
 from daemon.ingest.problem import Problem
 from daemon.ingest.refuse import BadLine, note_lines
-from daemon.state import records
+from daemon.state import records, subjects
 from daemon.state.database import Connection
 from daemon.state.records import RecordRow
 
@@ -58,6 +58,7 @@ def store(
 ) -> Outcome:
     """Store parsed records and note bad lines, inside the caller's transaction; conflicts are added to `bad`."""
     outcome = Outcome(path=path, model=place.model)
+    ready = _not_erased(connection, ready, bad)
     fresh = list(_fresh(connection, place.model, ready, bad, outcome))
     withdrawn = records.retractions_of(connection, place.model, (each.identity for each in fresh))
     why_not = {each.identity: _why_not(each, withdrawn, now) for each in fresh}
@@ -74,6 +75,19 @@ def store(
     outcome.new, outcome.duplicates, outcome.heldout = added.new, added.duplicates, added.heldout
     outcome.records, outcome.bad_lines = len(fresh), len(bad)
     return outcome
+
+
+def _not_erased(connection: Connection, ready: list[Ready], bad: list[BadLine]) -> list[Ready]:
+    """Refuse what comes from subjects that were erased; nothing of such a line is kept."""
+    erased = subjects.buried(connection, {each.record.subject.id for each in ready})
+    if not erased:
+        return ready
+    message = "its subject was erased: nothing of it is taken in again"
+    for each in ready:
+        if each.record.subject.id in erased:
+            line = msgspec.structs.replace(each.line, body=None)
+            bad.append(BadLine(line, Problem("erased_subject", message, stage="trust")))
+    return [each for each in ready if each.record.subject.id not in erased]
 
 
 def _fresh(

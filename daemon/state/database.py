@@ -125,6 +125,15 @@ MIGRATIONS: list[tuple[str, str]] = [
         CREATE INDEX example_origin ON example (model, origin_file) WHERE subject IS NULL;
         """,
     ),
+    (
+        "state-4",
+        """
+        CREATE TABLE tombstone (              -- subjects that were erased: what comes from them is refused
+          subject_sha256 TEXT PRIMARY KEY,
+          at REAL NOT NULL
+        ) WITHOUT ROWID;
+        """,
+    ),
 ]
 
 

@@ -97,7 +97,9 @@ async def put_alias(request: Request) -> Response:
     flip = await asyncio.to_thread(_engine(request).point, alias, body.target, expected)
     _metrics(request).flipped(flip)
     answer = {"alias": alias, "target": body.target, "previous": flip.previous}
-    return JSONResponse({**answer, "flip_ms": flip.flip_ms, "persist_ms": flip.persist_ms})
+    return JSONResponse(
+        {**answer, "flip_ms": flip.flip_ms, "persist_ms": flip.persist_ms, "persist_error": flip.persist_error}
+    )
 
 
 async def delete_alias(request: Request) -> Response:

@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -25,7 +25,13 @@ _KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.
 # what a PEFT configuration may switch on that is more than W + scale * B A
 _UNSUPPORTED = ("use_dora", "modules_to_save", "layer_replication", "trainable_token_indices", "lora_bias")
 
-Pair = tuple[torch.Tensor, torch.Tensor]  # A: (rank, inputs)  B: (outputs, rank), with the scaling folded into B
+
+class Pair(NamedTuple):
+    """One linear layer's share of an adapter: W + scale * B A."""
+
+    a: torch.Tensor  # (rank, inputs)
+    b: torch.Tensor  # (outputs, rank)
+    scale: float
 
 
 class Staged(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +55,7 @@ def stage(root: Path, path: str, max_rank: int, max_bytes: int) -> Staged:
     _check_manifest(directory, {CONFIG: hashlib.sha256(config_bytes).hexdigest(), WEIGHTS: digest})
     config = _config(directory, config_bytes)
     pairs = _pairs(directory, _tensors(directory, weights), config)
-    rank = max(a.shape[0] for a, _ in pairs.values())
+    rank = max(pair.a.shape[0] for pair in pairs.values())
     if rank > max_rank:
         raise Refusal(400, f"{directory}: rank {rank} is above this server's --max-rank {max_rank}")
     return Staged(path=directory, generation=generation_of(config, digest), rank=rank, pairs=pairs)
@@ -137,15 +143,15 @@ def _pairs(directory: Path, tensors: dict[str, torch.Tensor], config: dict[str, 
         sides.setdefault(match["module"], {})[match["side"]] = tensor
     if not sides:
         raise Refusal(400, f"{directory / WEIGHTS}: no tensors")
-    return {module: _pair(directory, module, pair, config) for module, pair in sides.items()}
+    return {module: _pair(directory, module, found, config) for module, found in sides.items()}
 
 
-def _pair(directory: Path, module: str, pair: dict[str, torch.Tensor], config: dict[str, Any]) -> Pair:
-    a, b = pair.get("A"), pair.get("B")
+def _pair(directory: Path, module: str, sides: dict[str, torch.Tensor], config: dict[str, Any]) -> Pair:
+    a, b = sides.get("A"), sides.get("B")
     if a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-        shapes = {side: tuple(tensor.shape) for side, tensor in pair.items()}
+        shapes = {side: tuple(tensor.shape) for side, tensor in sides.items()}
         raise Refusal(400, f"{directory / WEIGHTS}: module {module!r} has shapes {shapes}, not (r, in) and (out, r)")
-    return a, b.float() * scaling(config, module, a.shape[0])
+    return Pair(a, b, scaling(config, module, a.shape[0]))
 
 
 def scaling(config: dict[str, Any], module: str, rank: int) -> float:

@@ -85,7 +85,7 @@ class Running:
                 piece = await self._pieces.get()
                 self._metrics.produced(len(piece.tokens))
                 yield piece
-                if piece.finish or piece.error:
+                if piece.is_last:
                     return
         finally:
             self._engine.scheduler.cancel(self._generation)  # the client is gone; without effect at a regular end

@@ -4,6 +4,7 @@ A request takes a lease on one adapter when it is admitted and keeps it to its e
 answered by that version. A slot is reused only when its adapter was unloaded and the last lease is gone.
 """
 
+import logging
 import threading
 import time
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 from serving.aliases import AliasFile, Pointer
 from serving.refusal import Refusal
 
+log = logging.getLogger("serving")
 Expected = str | None
 ANYWHERE: Expected = "*"  # no condition on where an alias points; not a name that a model can have
 
@@ -50,7 +52,9 @@ class Flip:
     flip_ms: float
     """Replacing the reference: from one admission to the next."""
     persist_ms: float
-    """Making it durable before that."""
+    """Making it durable after that, before the answer."""
+    persist_error: str | None = None
+    """Why it is not durable: served, but forgotten by a restart. A rollback must work on a full disk, too."""
 
 
 class Registry:
@@ -133,19 +137,20 @@ class Registry:
             self._free.append(adapter.slot)
 
     def point(self, alias: str, target: str, expected: Expected = ANYWHERE) -> Flip:
-        """Point `alias` to a loaded adapter or the base: durable first, then visible to the next admission.
+        """Point `alias` to a loaded adapter or the base: for the next admission at once, durable before this returns.
 
+        A crash in between leaves the old target in the file and the caller without an answer: it asks again.
         `expected` is where the caller believes that it points (None: nowhere yet); `Refusal` 409 when it does not, 404
         for an unknown target, 400 for a name that is taken.
         """
         with self._flip_lock:
             previous = self._check_flip(alias, target, expected)
             started = time.perf_counter()
-            self._persist({**self.aliases(), alias: target})
-            persisted = time.perf_counter()
             with self._lock:
                 self._aliases[alias] = target
-            return Flip(previous, (time.perf_counter() - persisted) * 1e3, (persisted - started) * 1e3)
+            flipped = time.perf_counter()
+            error = self._persist(self.aliases())
+            return Flip(previous, (flipped - started) * 1e3, (time.perf_counter() - flipped) * 1e3, error)
 
     def adopt(self, alias: str, target: str) -> None:
         """Take an alias over from the alias file, which therefore is not written."""
@@ -167,19 +172,23 @@ class Registry:
     def drop(self, alias: str) -> None:
         """Forget an alias; `Refusal` 404 when there is none."""
         with self._flip_lock:
-            aliases = self.aliases()
-            if alias not in aliases:
+            if alias not in self.aliases():
                 raise Refusal(404, f"no alias '{alias}'")
-            del aliases[alias]
-            self._persist(aliases)
             with self._lock:
                 del self._aliases[alias]
+            self._persist(self.aliases())
 
-    def _persist(self, aliases: dict[str, str]) -> None:
+    def _persist(self, aliases: dict[str, str]) -> str | None:
+        """What went wrong, if anything."""
         if self._file is None:
-            return
+            return None
         loaded = {adapter.name: adapter for adapter in self.adapters() if not adapter.draining}
-        self._file.write({alias: _pointer(target, loaded.get(target)) for alias, target in aliases.items()})
+        try:
+            self._file.write({alias: _pointer(target, loaded.get(target)) for alias, target in aliases.items()})
+        except OSError as error:
+            log.error("the aliases are served, but not written down: %s", error)
+            return str(error)
+        return None
 
     def adapters(self) -> list[Adapter]:
         """Loaded and draining ones, by slot."""

@@ -32,6 +32,11 @@ class Piece(NamedTuple):
     error: str | None = None
     """The request failed; nothing more comes."""
 
+    @property
+    def is_last(self) -> bool:
+        """Nothing comes after it; row, lease and slot are free by the time it is handed over."""
+        return self.finish is not None or self.error is not None
+
 
 class Generation:
     """One request on its way through the scheduler."""
@@ -186,9 +191,10 @@ class Scheduler:
 
     def _join(self, generation: Generation, logits: torch.Tensor) -> None:
         if generation.sampling.max_tokens == 0:
-            generation.emit(Piece(finish="length", prompt=tuple(generation.scored)))
-            self._stop_reading(generation)
-        elif self._advance(generation, logits, tuple(generation.scored)):
+            piece = Piece(finish="length", prompt=tuple(generation.scored))
+        else:
+            piece = self._advance(generation, logits, tuple(generation.scored))
+        if piece.is_last:
             self._stop_reading(generation)
         else:
             cache = self._model.cache
@@ -196,6 +202,7 @@ class Scheduler:
             cache.clear(cache.reading, generation.read)
             self._running.append(generation)
             self._reading = None
+        generation.emit(piece)
 
     def _decode(self) -> None:
         running = self._running
@@ -203,14 +210,16 @@ class Scheduler:
             [g.last for g in running], [g.read + g.produced - 1 for g in running], [g.slot for g in running]
         )
         for row in reversed(range(len(running))):
-            if self._advance(running[row], logits[row : row + 1], ()):
+            generation = running[row]
+            piece = self._advance(generation, logits[row : row + 1], ())
+            if piece.is_last:
                 self._leave(row)
+            generation.emit(piece)
 
-    def _advance(self, generation: Generation, logits: torch.Tensor, prompt: tuple[Scored, ...]) -> bool:
-        """Give a request its next token from logits (1, vocabulary); True when it was the last one."""
+    def _advance(self, generation: Generation, logits: torch.Tensor, prompt: tuple[Scored, ...]) -> Piece:
+        """A request's next token, from logits (1, vocabulary)."""
         if not bool(torch.isfinite(logits).all()):
-            generation.emit(Piece(error="the model gave NaN or infinite logits"))
-            return True
+            return Piece(error="the model gave NaN or infinite logits")
         sampling = generation.sampling
         token = choose(logits[0], sampling, generation.generator)
         generation.last, generation.produced = token, generation.produced + 1
@@ -221,8 +230,7 @@ class Scheduler:
         finish = self._finish(generation, is_eos)
         if finish is not None:
             text += generation.transcript.finish()
-        generation.emit(Piece(text=text, tokens=(scored,), finish=finish, prompt=prompt))
-        return finish is not None
+        return Piece(text=text, tokens=(scored,), finish=finish, prompt=prompt)
 
     def _finish(self, generation: Generation, is_eos: bool) -> str | None:
         if is_eos or generation.transcript.stopped:
@@ -257,5 +265,5 @@ class Scheduler:
             self._running, self._reading = [], None
         self._model.cache.reset()
         for generation in lost:
-            generation.emit(Piece(error=message))
             generation.end()
+            generation.emit(Piece(error=message))

@@ -55,16 +55,11 @@ class SlotLinear(nn.Module):
             h = h.masked_fill(self.selection.foreign, 0.0)
         return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), self.b[columns]).view_as(y)
 
-    def padded(self, pair: Pair) -> Pair:
-        """A pair in this layer's dtype and device, padded to the slot's rank: (rank, inputs) and (rank, outputs)."""
-        a, b = pair
-        if a.shape[1] != self.a.shape[1] or b.shape[0] != self.b.shape[1]:
-            wanted = (self.a.shape[1], self.b.shape[1])
-            raise Refusal(400, f"adapter is for a layer of (inputs, outputs) {(a.shape[1], b.shape[0])}, not {wanted}")
-        room = self.a.new_zeros(self.rank, a.shape[1]), self.b.new_zeros(self.rank, b.shape[0])
-        room[0][: a.shape[0]].copy_(a)
-        room[1][: b.shape[1]].copy_(b.T)
-        return room
+    def check(self, name: str, pair: Pair) -> None:
+        """`Refusal` 400 unless the pair is for a layer of this shape."""
+        found, own = (pair.a.shape[1], pair.b.shape[0]), (self.a.shape[1], self.b.shape[1])
+        if found != own:
+            raise Refusal(400, f"{name}: the adapter is for a layer of (inputs, outputs) {found}, the base's is {own}")
 
 
 class SlotBank:
@@ -87,29 +82,35 @@ class SlotBank:
         return sum(4 * self.rank * (layer.a.shape[1] + layer.b.shape[1]) for layer in self.layers.values())
 
     def prepare(self, pairs: dict[str, Pair]) -> list[torch.Tensor]:
-        """What `commit` copies, in order; off the decoding thread.
+        """What `commit` copies, in order, as views of one buffer; off the decoding thread.
 
-        Raises `Refusal` 400 for a module without a slot, and for NaN or infinity after scaling and conversion: masked
-        to zero or not, one such weight would reach every row of a mixed batch (0 * NaN is NaN).
+        Raises `Refusal` 400 for a module without a slot, a wrong shape, and for NaN or infinity after scaling and
+        conversion: masked or not, one such weight would reach every row of a mixed batch (0 * NaN is NaN).
         """
         unknown = sorted(pairs.keys() - self.layers.keys())
         if unknown:
             raise Refusal(
                 400, f"the base has no linear layer {unknown[0]!r} ({len(unknown)} such modules): wrong base?"
             )
-        tensors: list[torch.Tensor] = []
-        for name, layer in self.layers.items():
-            if name in pairs:
-                padded = layer.padded(pairs[name])
-                if not all(bool(torch.isfinite(side).all()) for side in padded):
-                    raise Refusal(400, f"module {name!r} has NaN or infinite weights in {layer.a.dtype}")
-                tensors += padded
-            else:
-                tensors += [torch.zeros_like(layer.a[: self.rank]), torch.zeros_like(layer.b[: self.rank])]
+        places = self._places(0)
+        like = places[0]
+        room = torch.zeros(sum(place.numel() for place in places), dtype=like.dtype, device=like.device)
+        parts = room.split([place.numel() for place in places])
+        tensors = [part.view(place.shape) for part, place in zip(parts, places, strict=True)]
+        for (name, layer), a, b in zip(self.layers.items(), tensors[::2], tensors[1::2], strict=True):
+            if (pair := pairs.get(name)) is not None:
+                layer.check(name, pair)
+                a[: pair.a.shape[0]].copy_(pair.a)
+                torch.mul(pair.b.T, pair.scale, out=b[: pair.b.shape[1]])
+        if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(room)):  # both carry a NaN on
+            raise Refusal(400, f"the adapter has NaN or infinite weights in {room.dtype}")
         return tensors
 
     def commit(self, slot: int, tensors: list[torch.Tensor]) -> None:
         """Overwrite a free slot, between two forward passes."""
+        torch._foreach_copy_(self._places(slot), tensors)
+
+    def _places(self, slot: int) -> list[torch.Tensor]:
+        """(rank, inputs) and (rank, outputs) of every layer, alternating."""
         part = slice(slot * self.rank, (slot + 1) * self.rank)
-        places = [side[part] for layer in self.layers.values() for side in (layer.a, layer.b)]
-        torch._foreach_copy_(places, tensors)
+        return [side[part] for layer in self.layers.values() for side in (layer.a, layer.b)]

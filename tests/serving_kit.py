@@ -41,14 +41,16 @@ def make_adapter(base: Path, directory: Path, *, seed: int, rank: int = 4, alpha
     return directory
 
 
-def peft_scores(base: Path, adapter: Path, ids: list[int]) -> list[float]:
-    """Log-probability of each token but the first under PEFT's own forward pass, float32."""
+def peft_scores(base: Path, adapter: Path | None, ids: list[int]) -> list[float]:
+    """Log-probability of each token but the first under PEFT's own forward pass (None: the base's), float32."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     with warnings.catch_warnings(action="ignore"), torch.no_grad():
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, adapter)
         scores = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)
     return [scores[at, token].item() for at, token in enumerate(ids[1:])]
 

@@ -36,14 +36,15 @@ class Caller:
         slot = -1 if lease.adapter is None else lease.adapter.slot
         options = Sampling(**{"max_tokens": 12, "temperature": 0, "logprobs": 0, "ignore_eos": True, **sampling})
         self.generation = Generation(
-            prompt, options, slot, engine.model.tokenizer, self.pieces.append, lambda: self.end(engine, lease)
+            prompt, options, slot, engine.model.tokenizer, self.take, lambda: engine.registry.release(lease)
         )
         engine.scheduler.submit(self.generation)
 
-    def end(self, engine: Engine, lease: object) -> None:
-        """The scheduler is through with it."""
-        engine.registry.release(lease)
-        self.done.set()
+    def take(self, piece: Piece) -> None:
+        """One more piece."""
+        self.pieces.append(piece)
+        if piece.is_last:
+            self.done.set()
 
     def answer(self) -> tuple[list[int], list[float]]:
         """Tokens and their log-probabilities."""

@@ -369,3 +369,13 @@ def test_a_token_is_asked_for_everywhere_but_health(engine: Engine) -> None:
         assert client.get("/v1/models").status_code == 401
         assert client.get("/v1/models", headers={"Authorization": "Bearer wrong"}).status_code == 401
         assert client.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+
+
+def test_an_alias_flips_even_when_it_cannot_be_written_down(tiny_base: Path, tmp_path: Path) -> None:
+    """A rollback on a full disk: served at once, and the answer says that a restart would forget it."""
+    from serving.registry import Registry
+
+    registry = Registry("base", 3, tmp_path / "gone" / "aliases.json")
+    flip = registry.point("npc", "base")
+    assert registry.lease("npc").version == "base"
+    assert "No such file" in (flip.persist_error or "")

@@ -11,7 +11,7 @@ from daemon.engines.contract import Capabilities, EngineRefused, Fingerprint, Ha
 from daemon.engines.routes import RouteTable
 from strategies.request import Canary
 
-FILES = ("adapter_config.json", "adapter_model.safetensors", "manifest.json")
+FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class Directory:
@@ -32,9 +32,8 @@ class Directory:
             shutil.rmtree(partial, ignore_errors=True)
             try:
                 partial.mkdir(parents=True)
-                for name in FILES:
-                    if (version.path / name).exists():
-                        shutil.copyfile(version.path / name, partial / name)
+                for name in (*FILES, *(["manifest.json"] if (version.path / "manifest.json").exists() else [])):
+                    shutil.copyfile(version.path / name, partial / name)
                 partial.rename(target)
             except OSError as error:
                 raise EngineRefused(f"{version.name} cannot be published to {target}: {error}") from error

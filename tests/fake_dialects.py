@@ -1,0 +1,175 @@
+"""The fake engine in other engines' dialects: their routes, their status codes, their traps."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from fake_engine import FakeEngine, error, logprob
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+LIKELY = -0.1
+
+
+class FakeVllm(FakeEngine):
+    """vLLM 0.32: no aliases, no generations, 500 for an adapter that it cannot read."""
+
+    def routes(self) -> list[Route]:
+        """Of its OpenAI server."""
+        return [
+            Route("/health", self.health),
+            Route("/v1/models", self.models),
+            Route("/v1/load_lora_adapter", self.load, methods=["POST"]),
+            Route("/v1/unload_lora_adapter", self.unload, methods=["POST"]),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+        ]
+
+    async def health(self, _: Request) -> Response:
+        """200 without a body."""
+        return Response()
+
+    async def models(self, _: Request) -> Response:
+        """The base, and an adapter with root and parent."""
+        rows: list[dict[str, Any]] = [{"id": self.base, "root": "/models/base", "parent": None}]
+        rows += [{"id": name, "root": row["root"], "parent": self.base} for name, row in self.adapters.items()]
+        return JSONResponse({"object": "list", "data": rows})
+
+    async def load(self, request: Request) -> Response:
+        """Text, not JSON; 500 for a torn file."""
+        path = Path((await request.json())["lora_path"])
+        if (path / "torn").exists():
+            return error(500, "Error loading lora")
+        answer = await super().load(request)
+        return PlainTextResponse("Success: LoRA adapter added successfully.") if answer.status_code == 200 else answer
+
+
+class FakeSglang(FakeVllm):
+    """SGLang 0.5: other routes, `/generate` for scores, 400 with `error_message`."""
+
+    def routes(self) -> list[Route]:
+        """Of its HTTP server."""
+        return [
+            Route("/health", self.health),
+            Route("/v1/models", self.models),
+            Route("/load_lora_adapter", self.load, methods=["POST"]),
+            Route("/unload_lora_adapter", self.unload, methods=["POST"]),
+            Route("/generate", self.generate, methods=["POST"]),
+        ]
+
+    async def load(self, request: Request) -> Response:
+        """Failures are 400."""
+        answer = await super().load(request)
+        if answer.status_code == 200:
+            return JSONResponse({"success": True, "error_message": ""})
+        return JSONResponse({"success": False, "error_message": "Failed to load LoRA adapter"}, 400)
+
+    async def generate(self, request: Request) -> Response:
+        """Scores of the prompt, as (log-probability, token, text)."""
+        body = await request.json()
+        name, ids = body["lora_path"], body["input_ids"]
+        if name is not None and name not in self.adapters:
+            return error(400, f"{name} is not loaded")
+        weights = self.confuses or ("base" if name is None or self.lies else self.adapters[name]["root"])
+        if name is None:
+            weights = "base"
+        rows = [[None, ids[0], None], *([logprob(weights, ids[: n + 1]), ids[n], None] for n in range(1, len(ids)))]
+        return JSONResponse({"text": "", "meta_info": {"input_token_logprobs": rows}})
+
+
+class FakeLorax(FakeEngine):
+    """LoRAX: an adapter is its path, in every request; scores only what it generates."""
+
+    def __init__(self) -> None:
+        super().__init__(slots=100)
+        self.answers: dict[str, list[int]] = {}
+
+    def routes(self) -> list[Route]:
+        """Of its server."""
+        return [
+            Route("/health", self.health),
+            Route("/generate", self.warm, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+        ]
+
+    async def warm(self, request: Request) -> Response:
+        """Reads the adapter."""
+        path = (await request.json())["parameters"]["adapter_id"]
+        return JSONResponse({"generated_text": "-"}) if Path(path).is_dir() else error(424, f"no {path}")
+
+    async def chat(self, request: Request) -> Response:
+        """The canary's answer, scored by whoever answers."""
+        body = await request.json()
+        weights = self.confuses or ("base" if self.lies or not body["model"] else body["model"])
+        if not body["model"]:
+            weights = "base"
+        ids = [1, 2, 3]
+        scores = []
+        for token in self.answers[body["messages"][0]["content"]]:
+            ids.append(token)
+            scores.append({"token": str(token), "logprob": logprob(weights, ids)})
+        return JSONResponse({"choices": [{"logprobs": {"content": scores}}]})
+
+
+class FakeLlamaServer(FakeEngine):
+    """llama-server as a router: models are sections of a preset file, read again on request."""
+
+    def __init__(self, preset: Path) -> None:
+        super().__init__()
+        self.preset = preset
+        self.sections: dict[str, str] = {}
+        self.states: dict[str, str] = {"base": "loaded"}
+
+    def routes(self) -> list[Route]:
+        """Of the router."""
+        return [
+            Route("/health", self.health),
+            Route("/models", self.models),
+            Route("/models/load", self.load, methods=["POST"]),
+            Route("/models/unload", self.stop, methods=["POST"]),
+            Route("/completion", self.complete, methods=["POST"]),
+        ]
+
+    def restart(self, *, keeps_aliases: bool = False) -> None:
+        """All models are unloaded; the preset file is still there."""
+        self.states = dict.fromkeys(self.states, "unloaded") | {"base": "loaded"}
+
+    async def models(self, request: Request) -> Response:
+        """The sections and their states; it forgets what is no longer in the file only when it reads it again."""
+        if request.query_params.get("reload"):
+            parts = re.findall(r"^\[(.+)\]\n((?:(?!\[).*\n?)*)", self.preset.read_text(), re.MULTILINE)
+            self.sections = dict(parts)
+            self.states = {name: self.states.get(name, "unloaded") for name in self.sections}
+        rows = [
+            {"id": name, "status": {"value": state, "failed": state == "failed"}} for name, state in self.states.items()
+        ]
+        return JSONResponse({"data": rows})
+
+    async def load(self, request: Request) -> Response:
+        """At once, unless the adapter is no GGUF."""
+        name = (await request.json())["model"]
+        if name not in self.sections:
+            return error(404, f"no {name}")
+        file = re.search(r"^lora = (.+)$", self.sections[name], re.MULTILINE)
+        self.states[name] = "loaded" if file and Path(file[1]).read_bytes()[:4] == b"GGUF" else "failed"
+        return JSONResponse({"success": True})
+
+    async def stop(self, request: Request) -> Response:
+        """Gone."""
+        self.states[(await request.json())["model"]] = "unloaded"
+        return JSONResponse({"success": True})
+
+    async def complete(self, request: Request) -> Response:
+        """The most likely tokens: every token up to 20."""
+        body = await request.json()
+        name = body["model"]
+        if self.states.get(name) != "loaded":
+            return error(400, f"{name} is not loaded")
+        weights = "base" if name == "base" or self.lies else self.confuses or self._root(name)
+        top = [{"id": token, "logprob": logprob(weights, [*body["prompt"], token])} for token in range(20)]
+        return JSONResponse({"completion_probabilities": [{"id": 0, "top_logprobs": top}]})
+
+    def _root(self, name: str) -> str:
+        import json
+
+        return str(json.loads((self.preset.parent / f"{name}.json").read_text())["root"])

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from operator_kit import learn, make_config, make_state, obey, report_of, snapshot
 
+from buffers.inventory import Age
 from daemon import web
 from daemon.config import Config, load
 from daemon.control import Commands
@@ -247,6 +248,13 @@ def test_the_lineage_moves_to_the_right_only_at_a_branch(tmp_path: Path) -> None
 
     tree = pages.lineage([version(4, 2), version(3, 1), version(2, 1), version(1, None)])
     assert [(depth, each.number) for depth, each in tree] == [(0, 1), (1, 2), (1, 4), (0, 3)]
+
+
+def test_many_updates_are_one_row_of_the_buffer(config: Config) -> None:
+    """A model's page does not grow with its age."""
+    rows = pages.grouped([Age(update=n, learned=10, held=1) for n in range(1, 1001)])
+    assert len(rows) == 21 and rows[0] == pages.Share(name="1 to 980", learned=9800, held=980)
+    assert [row.name for row in pages.grouped([Age(update=7, learned=1, held=1)])] == ["7"]
 
 
 def test_forgetting_is_the_rise_since_each_update() -> None:

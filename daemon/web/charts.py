@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT, LEFT, BOTTOM = 640, 220, 52, 28
+WIDTH, HEIGHT, LEFT, BOTTOM = 640, 220, 72, 28
 LEVELS = 7
 """Steps of the heat map's colour scale: classes `heat-0` to `heat-6`."""
 
@@ -53,7 +53,7 @@ def _grid(xs: tuple[float, float], ys: tuple[float, float], x_label: str, y_labe
         value = ys[0] + share * (ys[1] - ys[0])
         y = _y(value, ys)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 12}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.2g}</text>')
     for value, anchor in ((xs[0], "start"), (xs[1], "end")):
         x = f'x="{_x(value, xs):.1f}" y="{HEIGHT - 10}" text-anchor="{anchor}"'
         parts.append(f'<text class="tick" {x}>{value:g}</text>')
@@ -63,7 +63,7 @@ def _grid(xs: tuple[float, float], ys: tuple[float, float], x_label: str, y_labe
 
 
 def _legend(number: int, name: str) -> str:
-    x = WIDTH - 130
+    x = WIDTH - 180
     return (
         f'<rect class="dot series-{number}" x="{x}" y="{4 + 15 * number}" width="10" height="10"/>'
         f'<text class="label" x="{x + 15}" y="{13 + 15 * number}">{escape(name)}</text>'

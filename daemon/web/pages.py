@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from buffers.inventory import composition
+from buffers.inventory import Age, composition
 from daemon import overview as glance
 from daemon.config import Config
 from daemon.state import audit, quarantine, summary
@@ -15,7 +15,7 @@ from daemon.state.database import Connection
 from daemon.state.runs import Run, Version
 from strategies.request import RunReport, Shift, read_report
 
-RUNS_SHOWN, ROWS_SHOWN = 200, 200
+RUNS_SHOWN, ROWS_SHOWN, UPDATES_SHOWN = 200, 200, 20
 POINTS = 400
 """A chart is 600 pixels wide: more points are only more bytes."""
 
@@ -166,9 +166,27 @@ def model(config: Config, connection: Connection, live: Mapping[str, Any], name:
         "now": glance.model_now(config, connection, name, live, refused, paused, at), "at": at,
         "settings": config.models[name],
         "versions": versions, "tree": lineage(versions), "matrix": matrix(reports), "drift": _drift(reports),
-        "buffer": composition(connection, name, buffer.examples), "buffer_size": buffer.examples,
+        "buffer": grouped(composition(connection, name, buffer.examples)), "buffer_size": buffer.examples,
         "runs": run_rows.recent(connection, name, 10),
     }  # fmt: skip
+
+
+class Share(msgspec.Struct, frozen=True, kw_only=True):
+    """A row of the buffer's table."""
+
+    name: str
+    learned: int
+    held: int
+
+
+def grouped(ages: list[Age]) -> list[Share]:
+    """The latest updates one by one, all older ones as the first row."""
+    older, latest = ages[:-UPDATES_SHOWN], ages[-UPDATES_SHOWN:]
+    rows = [Share(name=str(age.update), learned=age.learned, held=age.held) for age in latest]
+    if not older:
+        return rows
+    name = f"{older[0].update} to {older[-1].update}"
+    return [Share(name=name, learned=sum(a.learned for a in older), held=sum(a.held for a in older)), *rows]
 
 
 def _drift(reports: list[tuple[Run, RunReport]]) -> dict[str, list[tuple[float, float]]]:

@@ -75,7 +75,7 @@ def show(outcome: Outcome, directory: Path, seconds: float, console: Console) ->
     console.print()
     console.print(traffic_line(outcome.traffic))
     console.print(f"{seconds / 60:.1f} minutes in all.\n")
-    console.print(next_steps(directory))
+    console.print(next_steps(directory), soft_wrap=True)
 
 
 def answers_table(outcome: Outcome) -> Table:
@@ -100,7 +100,7 @@ def _said(reply: Reply) -> str:
 def knowledge_table(outcome: Outcome) -> Table:
     """Share of right answers, drop by drop, before its update and after each update since."""
     table = Table(title="Questions answered right", title_justify="left")
-    table.add_column("dropped file")
+    table.add_column("dropped file", no_wrap=True)
     table.add_column("questions", justify="right")
     table.add_column("before", justify="right")
     for number in range(1, len(outcome.lessons) + 1):
@@ -116,7 +116,7 @@ def updates_table(outcome: Outcome) -> Table:
     """What each update took, what the gate measured, and how long the swap was."""
     table = Table(title="Updates", title_justify="left")
     for column in ("version", "new", "replayed", "drop to live", "gain (nats)", "old loss", "drift", "swap (flip)"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for lesson in outcome.lessons:
         rows = (lesson.run.get("cut") or {}).get("rows", {})
         checks = {check["name"]: check["value"] for check in (lesson.run.get("verdict") or {}).get("checks", [])}
@@ -155,10 +155,12 @@ def next_steps(directory: Path) -> str:
     eternad = f"eternad --config {directory}/eternad.toml"
     return (
         "Everything is still there; look around:\n"
-        f"  {eternad} history npc            every run, and why\n"
-        f"  {eternad} show npc@3             what the gate measured\n"
-        f"  {eternad} log                    every step, in a chain of hashes\n"
-        f"  {eternad} serve hall &           the engine again, and\n"
-        f"  {eternad} run                    the daemon: then drop a file of your own into\n"
-        f"  {directory}/library/content/npc/"
+        f"  {eternad} history npc     # every run, and why\n"
+        f"  {eternad} show npc@3      # what the gate measured\n"
+        f"  {eternad} log             # every step, in a chain of hashes\n"
+        "or start both again, and drop a file of your own:\n"
+        f"  {eternad} serve hall &\n"
+        f"  {eternad} run &\n"
+        f"  cp FILE.md {directory}/library/content/npc/\n"
+        f"  {eternad} ask npc 'What have you learned?'"
     )

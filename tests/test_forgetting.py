@@ -1,0 +1,185 @@
+"""The forgetting bench: scores by one forward pass, cells that are kept, and the page it writes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import forgetting
+from bench.forgetting import Setting, tasks_of
+from bench.forgetting_report import Cell, write_report
+from bench.scoring import Task, TaskRow, chosen, drift, read_task, recalled, task_score
+from strategies.adapter import Adapter, load_adapter
+from strategies.catalog import Distill, Replay
+from strategies.request import Lora
+
+PROMPT = "Question: what does the porter fear?\nAnswer:"
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_base: Path) -> Adapter:
+    """A tiny model with a fresh adapter."""
+    return load_adapter(tiny_base, Lora(rank=4, alpha=8.0))
+
+
+@torch.no_grad()
+def continuation(adapter: Adapter, prompt: str, tokens: int) -> str:
+    """What the model itself would say, token by token."""
+    ids = list(adapter.tokenizer(prompt)["input_ids"])
+    start = len(ids)
+    for _ in range(tokens):
+        ids.append(int(adapter.head.logits(adapter.hidden(torch.tensor([ids]))[-1:]).argmax()))
+    return str(adapter.tokenizer.decode(ids[start:]))
+
+
+def test_recall_asks_for_every_token_of_the_answer(adapter: Adapter) -> None:
+    """The model's own greedy answer is right; with another last letter it is wrong, whatever stands beside it."""
+    said = next(
+        text for prompt in "abcdefgh" if (text := continuation(adapter, prompt, 3)).isascii() and text.isalnum()
+    )
+    prompt = next(prompt for prompt in "abcdefgh" if continuation(adapter, prompt, 3) == said)
+    rows = [TaskRow(prompt, said), TaskRow(PROMPT, " moths and a long answer"), TaskRow(prompt, said[:-1] + "~")]
+    assert recalled(adapter, rows) == [True, False, False]
+
+
+def test_choice_compares_the_options_alone(adapter: Adapter) -> None:
+    """Exactly one of the options is right, although hardly any is the most likely token of all."""
+    options = ("Good", "Bad", "Odd")
+    rows = [TaskRow(PROMPT, f" {option}", options) for option in options]
+    # a byte-level tokenizer gives all of them the same first token, the space
+    with pytest.raises(ValueError, match="share a first token"):
+        chosen(adapter, rows)
+
+
+def test_choice_takes_the_likeliest_first_token(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With options that differ from the first token on, one and only one of them wins."""
+    monkeypatch.setattr(
+        "bench.scoring._first_tokens", lambda row, _: [adapter.tokenizer(o)["input_ids"][0] for o in "abc"]
+    )
+    rows = [TaskRow(PROMPT, option, ("a", "b", "c")) for option in "abc"]
+    assert sum(chosen(adapter, rows)) == 1
+
+
+def test_drift_of_the_base_is_zero_and_of_a_moved_adapter_is_not(adapter: Adapter) -> None:
+    """KL(base || model) is that of two distributions, not of two files."""
+    texts = ["Water boils sooner on a mountain.", "Bees carry pollen."]
+    assert drift(adapter, texts).kl == pytest.approx(0.0, abs=1e-6)
+    with adapter.holding(torch.randn(adapter.flat.shape, generator=torch.Generator().manual_seed(0)) * 0.3):
+        assert drift(adapter, texts).kl > 1e-3
+
+
+def test_tasks_are_read_from_files(tmp_path: Path) -> None:
+    """Train and test rows with their options."""
+    line = '{"task": "t", "prompt": "p", "completion": " a", "options": ["a", "b"]}\n'
+    for side in ("train", "test"):
+        (tmp_path / f"t.{side}.jsonl").write_text(line * 2, "utf-8")
+    task = read_task(tmp_path, "t")
+    assert task.has_options and len(task.train) == 2 and task.test[0].options == ("a", "b")
+
+
+def test_presentations_decide_the_epochs_of_facts() -> None:
+    """Few facts are shown more often; classification has a number of epochs of its own."""
+    setting = Setting(base=Path(), work=Path(), fact_presentations=960, option_epochs=2, option_rows=3)
+    facts = Task("facts", [TaskRow("p", " a")] * 120, [TaskRow("q", " a")])
+    topics = Task("topics", [TaskRow("p", " a", ("a", "b"))] * 9, [TaskRow("q", " a", ("a", "b"))])
+    assert setting.epochs(facts) == 8 and setting.epochs(topics) == 2
+    assert len(setting.limited(topics).train) == 3 and len(setting.limited(facts).train) == 120
+
+
+@pytest.fixture
+def bench(tmp_path: Path, tiny_base: Path) -> Callable[..., int]:
+    """The command line on two tiny tasks of lore."""
+    (tmp_path / "general").mkdir()
+    for name in ("anchors", "probes"):
+        (tmp_path / "general" / f"{name}.txt").write_text(f"The {name} are here.\n\nWater is wet.\n", "utf-8")
+    places = {name: str(tmp_path / name) for name in ("work", "docs", "general")}
+
+    def run(*arguments: str) -> int:
+        fixed = [f"--{name}={place}" for name, place in places.items()]
+        return forgetting.main([*fixed, f"--base={tiny_base}", "--lore=2,2", "--rank=4", "--test-rows=4", *arguments])
+
+    return run
+
+
+def test_bench_measures_every_cell_once_and_writes_the_page(
+    bench: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Base row, one row per update, drift; a second call trains nothing; the page has a line per strategy."""
+    monkeypatch.setattr(Setting, "epochs", lambda *_: 1)
+    recipe = tmp_path / "recipes.toml"
+    recipe.write_text("gentle = [{name = 'replay', ratio = 0.5, general_ratio = 0.1}, {name = 'distill', top = 5}]\n")
+    arguments = ("--strategies=gentle", f"--recipes={recipe}")
+    assert bench(*arguments) == 0
+    page = (tmp_path / "docs" / "forgetting-lore.md").read_text("utf-8")
+    assert "| gentle |" in page and "general_ratio=0.1" in page
+    assert {path.name for path in (tmp_path / "docs").glob("*.png")} == {
+        "forgetting-lore-R.png", "forgetting-lore-curves.png",
+    }  # fmt: skip
+    first = capsys.readouterr().out
+    monkeypatch.setattr(forgetting, "train", lambda _: pytest.fail("a finished cell was trained again"))
+    assert bench(*arguments) == 0
+    assert set(capsys.readouterr().out.splitlines()) <= set(first.splitlines())
+
+
+def test_lore_of_a_bench_differs_from_seed_to_seed(bench: Callable[..., int]) -> None:
+    """Seeds are independent samples of facts, not only of shuffles."""
+    given = forgetting._parser().parse_args(["--lore=2,3"])
+    one, two = tasks_of(given, 0), tasks_of(given, 1)
+    assert [len(task.test) for task in one] == [9, 9]
+    assert one[0].train[0].prompt != two[0].train[0].prompt
+
+
+CELL = Cell(
+    strategy="replay", seed=0, tasks=["a", "b"], recipe=[repr(Replay()), repr(Distill())], learning_rate=1e-3,
+    before=[0.0, 0.1], scores=[[0.8, 0.2], [0.6, 0.9]], drift_kl=[0.1, 0.2], drift_nll=[0.0, 0.1], train_seconds=5.0,
+)  # fmt: skip
+
+
+def test_numbers_of_a_cell_are_those_of_the_papers() -> None:
+    """ACC is the last row's mean, BWT what was lost since learning, FWT what came before learning."""
+    numbers = CELL.numbers()
+    assert numbers["ACC"] == pytest.approx(75.0)
+    assert numbers["BWT"] == pytest.approx(-20.0)
+    assert numbers["FWT"] == pytest.approx(10.0)
+    assert numbers["drift KL"] == 0.2
+
+
+def test_a_cell_of_another_setting_is_not_taken_for_this_one() -> None:
+    """Another recipe or learning rate is measured anew; results do not matter."""
+    from msgspec.structs import replace as changed
+
+    assert CELL.is_same_setting(changed(CELL, scores=[]))
+    assert not CELL.is_same_setting(changed(CELL, learning_rate=5e-4))
+    assert not CELL.is_same_setting(changed(CELL, recipe=[]))
+
+
+def test_three_seeds_get_an_interval(tmp_path: Path) -> None:
+    """One or two do not."""
+    from msgspec.structs import replace as changed
+
+    cells = [changed(CELL, seed=seed, scores=[[0.8, 0.2], [0.6, 0.7 + 0.1 * seed]]) for seed in range(3)]
+    assert "70.0 [65.0, 75.0]" in write_report(cells, "t", tmp_path).read_text("utf-8")
+    assert "[" not in write_report(cells[:2], "t", tmp_path).read_text("utf-8").split("\n")[6]
+
+
+def test_joint_training_is_one_update_of_all_tasks() -> None:
+    """The ceiling: every training row at once; strategies get the tasks one by one."""
+    tasks = [Task(name, [TaskRow(name, " a")], [TaskRow(name, " a")]) for name in "xy"]
+    assert forgetting._updates(tasks, "naive") == tasks
+    assert [[row.prompt for row in task.train] for task in forgetting._updates(tasks, "joint")] == [["x", "y"]]
+
+
+def test_limits_apply_before_training() -> None:
+    """A setting is a value: `replace` makes another one."""
+    setting = Setting(base=Path(), work=Path(), test_rows=1)
+    task = Task("t", [TaskRow("p", " a")] * 3, [TaskRow("q", " a")] * 3)
+    assert len(setting.limited(task).test) == 1
+    assert len(replace(setting, test_rows=2).limited(task).test) == 2
+
+
+def test_score_of_a_task_is_a_share(adapter: Adapter) -> None:
+    """Between 0 and 1, of its test rows."""
+    own = continuation(adapter, "a", 2)
+    assert task_score(adapter, Task("t", [], [TaskRow("a", own), TaskRow(PROMPT, " moths")])) == 0.5

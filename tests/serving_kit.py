@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import uvicorn
+from safetensors.numpy import save_file
 from starlette.types import ASGIApp
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,21 +25,28 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def make_adapter(base: Path, directory: Path, *, seed: int, rank: int = 4, alpha: float = 8.0, **config: Any) -> Path:
-    """A PEFT adapter with random weights (B too, so that it changes what the model says), saved by PEFT itself."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    """A random adapter (B too, so that it changes what the model says) of a Llama, as PEFT saves it.
 
-    torch.manual_seed(seed)
-    settings = {"target_modules": LINEAR, "r": rank, "lora_alpha": alpha, **config}
-    with warnings.catch_warnings(action="ignore"):  # peft asks transformers for a property that goes away
-        model = get_peft_model(
-            AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **settings)
-        )
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter.data, std=0.3)
-    model.save_pretrained(directory)
+    Written without torch and PEFT, whose imports take seconds; `peft_scores` proves that PEFT reads it.
+    """
+    shape = json.loads((base / "config.json").read_bytes())
+    size, middle = shape["hidden_size"], shape["intermediate_size"]
+    head = shape.get("head_dim") or size // shape["num_attention_heads"]
+    q, kv = head * shape["num_attention_heads"], head * shape["num_key_value_heads"]
+    sizes = {"self_attn.q_proj": (size, q), "self_attn.k_proj": (size, kv), "self_attn.v_proj": (size, kv),
+             "self_attn.o_proj": (q, size), "mlp.gate_proj": (size, middle), "mlp.up_proj": (size, middle),
+             "mlp.down_proj": (middle, size)}  # fmt: skip
+    draw, tensors, ranks = np.random.default_rng(seed), {}, config.get("rank_pattern", {})
+    for layer in range(shape["num_hidden_layers"]):
+        for module, (inputs, outputs) in sizes.items():
+            key, r = f"base_model.model.model.layers.{layer}.{module}", ranks.get(module.split(".")[1], rank)
+            tensors[f"{key}.lora_A.weight"] = draw.normal(0, 0.3, (r, inputs)).astype("f4")
+            tensors[f"{key}.lora_B.weight"] = draw.normal(0, 0.3, (outputs, r)).astype("f4")
+    directory.mkdir(parents=True, exist_ok=True)
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "target_modules": LINEAR, "r": rank,
+                "lora_alpha": alpha, "base_model_name_or_path": str(base), **config}  # fmt: skip
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(tensors, directory / "adapter_model.safetensors")
     return directory
 
 

@@ -128,6 +128,17 @@ class Web(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """File with the token that the page asks for before it acts (pause, update, roll back); none: it only shows."""
 
 
+class Trust(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far feedback is believed: by the directory it was dropped in, never by what it claims."""
+
+    examples_per_subject_day: Count = 20
+    """So many records of one subject are learned from within 24 hours; further ones wait for review."""
+    free_text_from: list[str] = msgspec.field(default_factory=lambda: ["*"])
+    """Sources whose demonstrations are learned without review (`*`: all). Name only those that staff write to."""
+    require_consent: bool = False
+    """Records without `consent` wait for review."""
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole file."""
 
@@ -138,6 +149,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     models: dict[str, Model]
     engines: dict[str, Engine]
     watch: Watch = Watch()
+    trust: Trust = Trust()
     web: Web = Web()
     tick_seconds: Positive = 0.5
     """Pause between two turns of the daemon's loop."""
@@ -194,7 +206,7 @@ def explain(message: str) -> str:
 
 
 _TABLES: list[tuple[str, type]] = [
-    (r"", Config), (r"watch", Watch), (r"web", Web), (r"engines.*", Engine), (r".*\.lora", Lora),
+    (r"", Config), (r"watch", Watch), (r"trust", Trust), (r"web", Web), (r"engines.*", Engine), (r".*\.lora", Lora),
     (r".*\.training", Training), (r".*\.buffer", Buffer), (r".*\.schedule", Schedule), (r".*\.gate", Gate),
     (r".*\.strategy.*", msgspec.Struct), (r"models.*", Model),
 ]  # fmt: skip

@@ -8,7 +8,7 @@ import msgspec
 from buffers import journal
 from buffers.example import Example, Origin
 from daemon.config import Config
-from daemon.ingest import feedback, strict_json
+from daemon.ingest import feedback, strict_json, trust
 from daemon.ingest.lines import Line
 from daemon.ingest.outcome import Outcome
 from daemon.ingest.place import Place
@@ -62,18 +62,27 @@ def store(
     fresh = list(_fresh(connection, place.model, ready, bad, outcome))
     withdrawn = records.retractions_of(connection, place.model, (each.identity for each in fresh))
     why_not = {each.identity: _why_not(each, withdrawn, now) for each in fresh}
-    learned = [each for each in fresh if each.examples and not why_not[each.identity]]
+    held = trust.why_held(
+        config.trust,
+        place.source,
+        (each for each in fresh if each.examples and not why_not[each.identity]),
+        records.learned_since(connection, {each.record.subject.id for each in fresh}, now - trust.DAY_SECONDS),
+    )
+    learned = [each for each in fresh if each.examples and not why_not[each.identity] and each.identity not in held]
     added = journal.add(
         connection, place.model, _items(learned, place, path), heldout_fraction=config.watch.heldout_fraction, now=now
     )
     ids = iter(added.ids)
     in_journal = {each.identity: [next(ids) for _ in each.examples] for each in learned}
-    rows = (_row(each, place, why_not[each.identity], in_journal.get(each.identity, [])) for each in fresh)
+    rows = (
+        _row(each, place, why_not[each.identity], held.get(each.identity, ""), in_journal.get(each.identity, []))
+        for each in fresh
+    )
     records.add(connection, rows, now)
     outcome.retracted = sum(_retract(connection, place.model, each, bad) for each in fresh)
     note_lines(connection, path, bad, now)
     outcome.new, outcome.duplicates, outcome.heldout = added.new, added.duplicates, added.heldout
-    outcome.records, outcome.bad_lines = len(fresh), len(bad)
+    outcome.records, outcome.bad_lines, outcome.held = len(fresh), len(bad), len(held)
     return outcome
 
 
@@ -129,13 +138,13 @@ def _items(learned: Iterable[Ready], place: Place, path: str) -> Iterator[tuple[
             yield example, origin
 
 
-def _row(ready: Ready, place: Place, why_not: str, ids: list[int]) -> RecordRow:
+def _row(ready: Ready, place: Place, why_not: str, held: str, ids: list[int]) -> RecordRow:
     record = ready.record
-    state = "journal" if ids else "retracted" if why_not.startswith("withdrawn") else "stored"
+    state = "journal" if ids else "held" if held else "retracted" if why_not.startswith("withdrawn") else "stored"
     return RecordRow(
         model=place.model, id=ready.identity, kind=record.kind, source=place.source, subject=record.subject.id,
         body_sha256=ready.sha256, body=ready.body, state=state,
-        reason=feedback.withdrawn(record) if record.kind == "retraction" else why_not,
+        reason=feedback.withdrawn(record) if record.kind == "retraction" else why_not or held,
         example_id=ids[0] if ids else None, pair_id=ids[1] if len(ids) > 1 else None,
     )  # fmt: skip
 

@@ -22,11 +22,13 @@ class Outcome(msgspec.Struct, kw_only=True):
     """Feedback records stored for the first time, trainable or not."""
     repeated: int = 0
     """Feedback records that were there already, with the same body."""
+    held: int = 0
+    """Feedback records that wait for review."""
     retracted: int = 0
     """Examples withdrawn."""
     bad_lines: int = 0
 
     def count(self, other: "Outcome") -> None:
         """Add the numbers of a later batch of the same file."""
-        for name in ("new", "duplicates", "heldout", "records", "repeated", "retracted", "bad_lines"):
+        for name in ("new", "duplicates", "heldout", "records", "repeated", "held", "retracted", "bad_lines"):
             setattr(self, name, getattr(self, name) + getattr(other, name))

@@ -134,6 +134,13 @@ MIGRATIONS: list[tuple[str, str]] = [
         ) WITHOUT ROWID;
         """,
     ),
+    (
+        "state-5",
+        """
+        DROP INDEX record_subject;
+        CREATE INDEX record_subject ON record (subject, ingested_at);
+        """,
+    ),
 ]
 
 

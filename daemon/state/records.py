@@ -18,7 +18,7 @@ class RecordRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     body_sha256: str
     body: bytes
     state: str
-    """`journal` (trained or tested), `stored` (never trained), `held` (for review) or `retracted`."""
+    """`journal` (trained or tested), `stored` (never trained), `held` (for review), `rejected` by it, or `retracted`."""
     reason: str = ""
     example_id: int | None = None
     pair_id: int | None = None
@@ -54,6 +54,35 @@ def get(connection: Connection, model: str, identity: str) -> RecordRow | None:
     """One record."""
     row = connection.execute(f"SELECT {_COLUMNS} FROM record WHERE model = ? AND id = ?", (model, identity)).fetchone()
     return None if row is None else RecordRow(**dict(zip(RecordRow.__struct_fields__, row, strict=True)))
+
+
+def learned_since(connection: Connection, subjects: Iterable[str], since: float) -> dict[str, int]:
+    """How many records of each subject have gone into a journal since a time."""
+    wanted = msgspec.json.encode(list(subjects)).decode()
+    rows = connection.execute(
+        "SELECT subject, count(*) FROM record WHERE subject IN (SELECT value FROM json_each(?)) AND ingested_at > ?"
+        " AND state = 'journal' GROUP BY subject",
+        (wanted, since),
+    )
+    return dict(rows.fetchall())
+
+
+def held(connection: Connection, model: str | None = None, limit: int = 1000) -> list[RecordRow]:
+    """Records that wait for review, oldest first."""
+    rows = connection.execute(
+        f"SELECT {_COLUMNS} FROM record WHERE state = 'held' AND (?1 IS NULL OR model = ?1) ORDER BY rowid LIMIT ?2",
+        (model, limit),
+    )
+    return [RecordRow(**dict(zip(RecordRow.__struct_fields__, row, strict=True))) for row in rows]
+
+
+def settle(connection: Connection, row: RecordRow, state: str, reason: str, ids: list[int]) -> None:
+    """End a review, inside the caller's transaction: `journal` with the rows of its examples, or `rejected`."""
+    pair = (*ids, None, None)
+    connection.execute(
+        "UPDATE record SET state = ?, reason = ?, example_id = ?, pair_id = ? WHERE model = ? AND id = ?",
+        (state, reason, pair[0], pair[1], row.model, row.id),
+    )
 
 
 def retractions_of(connection: Connection, model: str, ids: Iterable[str]) -> dict[str, str]:

@@ -18,7 +18,7 @@ class RecordRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     body_sha256: str
     body: bytes
     state: str
-    """`journal` (trained or tested), `stored` (never trained), `held` (for review), `rejected` by it, or `retracted`."""
+    """`journal` (trained or tested), `stored` (never trained), `held` (for review), `rejected` or `retracted`."""
     reason: str = ""
     example_id: int | None = None
     pair_id: int | None = None

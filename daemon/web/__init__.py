@@ -51,8 +51,9 @@ def serve(config: Callable[[], Config], commands: Commands, snapshot: Snapshot) 
 
     server = uvicorn.Server(
         uvicorn.Config(
-            build(config, commands, snapshot), log_config=None, log_level="warning", access_log=False, server_header=False, lifespan="off",
-            http="h11", loop="asyncio", ws="none", limit_concurrency=CONNECTIONS_MAX, timeout_graceful_shutdown=1,
+            build(config, commands, snapshot), log_config=None, log_level="warning", access_log=False,
+            server_header=False, lifespan="off", http="h11", loop="asyncio", ws="none",
+            limit_concurrency=CONNECTIONS_MAX, timeout_graceful_shutdown=1,
         )
     )  # fmt: skip
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="web", daemon=True)

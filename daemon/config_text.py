@@ -25,8 +25,8 @@ WIDTH = 100
 TABLES: tuple[tuple[str, type], ...] = (
     ("", config.Config), ("watch", config.Watch), ("trust", config.Trust), ("web", config.Web),
     ("engines.NAME", config.Engine), ("models.NAME", config.Model), ("models.NAME.lora", Lora),
-    ("models.NAME.training", Training), ("models.NAME.buffer", config.Buffer), ("models.NAME.schedule", config.Schedule),
-    ("models.NAME.gate", config.Gate),
+    ("models.NAME.training", Training), ("models.NAME.buffer", config.Buffer),
+    ("models.NAME.schedule", config.Schedule), ("models.NAME.gate", config.Gate),
 )  # fmt: skip
 """The tables of the file in their order; `[[models.NAME.strategy]]` comes after them."""
 

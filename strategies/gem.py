@@ -53,7 +53,10 @@ def multipliers(gram: Tensor, slack: Tensor, scale: float) -> Tensor:
     lengths = gram.diagonal().sqrt()
     unit = torch.where(lengths > 0, 1 / lengths, 0.0)
     K, q = gram * unit[:, None] * unit[None, :], slack * unit
-    return _active_set(K, q, max(scale, float(q.abs().max()))) * unit
+    try:
+        return _active_set(K, q, max(scale, float(q.abs().max()))) * unit
+    except torch.linalg.LinAlgError as error:  # only where contradicting margins have driven v towards infinity
+        raise Infeasible(f"GEM: the margins of these memories contradict each other ({error})") from error
 
 
 def _active_set(K: Tensor, q: Tensor, scale: float) -> Tensor:
@@ -118,6 +121,8 @@ def project(g: Tensor, G: Tensor, gram: Tensor, margin: float = 0.0) -> Tensor |
     try:
         v = multipliers(gram, slack, scale)
     except Infeasible:
+        if not margin:
+            raise
         return project(g, G, gram)
     return _combine(g, G, v)
 

@@ -53,7 +53,9 @@ def test_projection_is_the_closest_feasible_gradient(seed: int, constraints: int
 @settings(max_examples=300, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
-    kinds=st.lists(st.sampled_from(["new", "same", "nearly", "opposite", "zero", "sum", "tiny", "huge"]), max_size=7),
+    kinds=st.lists(
+        st.sampled_from(["new", "same", "nearly", "opposite", "zero", "sum", "tiny", "huge", "hair"]), max_size=7
+    ),
 )
 def test_adversarial_memories(seed: int, kinds: list[str]) -> None:
     """Duplicated, nearly equal, opposite, empty, dependent and badly scaled memories are all met, optimally (KKT)."""
@@ -63,7 +65,8 @@ def test_adversarial_memories(seed: int, kinds: list[str]) -> None:
     for kind in kinds:
         fresh, last = torch.randn(12, generator=generator, dtype=torch.float64), rows[-1]
         choices = {
-            "new": fresh, "same": last, "nearly": last + 1e-3 * last.norm() * fresh, "opposite": -last,
+            "new": fresh, "same": last, "nearly": last + 1e-3 * last.norm() * fresh,
+            "hair": last + 1e-7 * last.norm() * fresh, "opposite": -last,
             "zero": 0 * last, "sum": sum(rows[:-1], last), "tiny": 1e-12 * fresh, "huge": 1e12 * fresh,
         }  # fmt: skip
         rows.append(choices[kind])
@@ -112,6 +115,15 @@ def test_margins_that_contradict_each_other_count_as_zero() -> None:
     with pytest.raises(Infeasible, match="contradict"):
         multipliers(dots(memories, memories), torch.tensor([-0.5, -0.5], dtype=torch.float64), 1.0)
     torch.testing.assert_close(projected(torch.tensor([1.0, 1.0]), memories, 0.5), torch.tensor([1.0, 0.0]))
+
+
+def test_many_contradicting_margins_are_no_crash() -> None:
+    """Twenty memories in a plane, each asking for nearly all of the step, give a step that harms none of them."""
+    for seed in range(40):
+        G = torch.randn(20, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        G = torch.cat([G, G[:5] + 1e-6, -G[:5]])
+        g = torch.randn(2, generator=torch.Generator().manual_seed(1000 + seed), dtype=torch.float64)
+        assert_met(projected(g, G, 0.9), g, G, 2e-5)
 
 
 def test_float32_gradients_of_a_million_parameters() -> None:

@@ -15,9 +15,10 @@ from serving.refusal import Refusal
 from serving.registry import Lease
 from serving.requests import Call, ChatBody, complete, converse, parse
 from serving.scheduler import Generation, Piece
+from serving.slots import BASE
 
 VERSION_HEADER = "X-Adapter-Version"
-BODY_BYTES = 8 << 20
+BODY_BYTES = 1 << 20  # of text, which the event loop tokenises while nothing else is admitted
 
 
 async def completions(request: Request) -> Response:
@@ -67,13 +68,13 @@ class Running:
         self._engine, self._metrics = engine, metrics
         self.lease: Lease = engine.registry.lease(call.model)
         self._loop, self._pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
-        slot = -1 if self.lease.adapter is None else self.lease.adapter.slot
-        self._generation = Generation(
-            call.prompt, call.sampling, slot, engine.model.tokenizer, self._hand_over, self._end
-        )
         try:
+            slot = BASE if self.lease.adapter is None else self.lease.adapter.slot
+            self._generation = Generation(
+                call.prompt, call.sampling, slot, engine.model.detokenizer, self._hand_over, self._end
+            )
             engine.scheduler.submit(self._generation)
-        except Refusal:
+        except BaseException:
             self._end()
             raise
         metrics.admitted(self.lease.version, len(call.prompt))

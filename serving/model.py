@@ -1,5 +1,6 @@
 """The base model with its adapter slots: reading prompts and decoding one token for every running request."""
 
+import copy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ class ServedModel:
         chosen = best_dtype(self.device) if dtype == "auto" else getattr(torch, dtype)
         offline: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         self.tokenizer = AutoTokenizer.from_pretrained(base, **offline)
+        self.detokenizer = copy.deepcopy(self.tokenizer)  # for the model's thread: they are not made to be shared
         model = AutoModelForCausalLM.from_pretrained(
             base, dtype=chosen, use_safetensors=True, attn_implementation="sdpa", **offline
         )

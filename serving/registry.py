@@ -5,6 +5,7 @@ answered by that version. A slot is reused only when its adapter was unloaded an
 """
 
 import logging
+import re
 import threading
 import time
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from pathlib import Path
 from serving.aliases import AliasFile, Pointer
 from serving.refusal import Refusal
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:-]{0,127}")
+"""Of adapters and aliases: they stand in headers, metrics, paths and logs."""
 log = logging.getLogger("serving")
 Expected = str | None
 ANYWHERE: Expected = "*"  # no condition on where an alias points; not a name that a model can have
@@ -76,6 +79,7 @@ class Registry:
 
     def reserve(self, name: str) -> int:
         """A free slot for a new name; `Refusal` 400: name in use, 429: slots drain, 409: all slots are taken."""
+        _check_name(name)
         with self._lock:
             if name == self.base or name in self._adapters or name in self._aliases:
                 raise Refusal(400, f"The lora adapter '{name}' has already been loaded.")
@@ -159,6 +163,7 @@ class Registry:
             self._aliases[alias] = target
 
     def _check_flip(self, alias: str, target: str, expected: Expected) -> str | None:
+        _check_name(alias)
         with self._lock:
             previous = self._aliases.get(alias)
             if alias == self.base or alias in self._adapters:
@@ -199,6 +204,11 @@ class Registry:
         """{alias: target}."""
         with self._lock:
             return dict(self._aliases)
+
+
+def _check_name(name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise Refusal(400, f"{name[:80]!r} is not a name: {NAME.pattern}")
 
 
 def _pointer(target: str, adapter: Adapter | None) -> Pointer:

@@ -16,6 +16,7 @@ UNSUPPORTED = ("tools", "functions", "suffix", "logit_bias", "presence_penalty",
 Temperature = Annotated[float, msgspec.Meta(ge=0, le=2)]
 TopP = Annotated[float, msgspec.Meta(gt=0, le=1)]
 Alternatives = Annotated[int, msgspec.Meta(ge=0, le=MAX_ALTERNATIVES)]
+Seed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 Tokens = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -32,7 +33,7 @@ class _Common(msgspec.Struct, kw_only=True):
     top_p: TopP | None = None
     n: int | None = None
     best_of: int | None = None
-    seed: int | None = None
+    seed: Seed | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

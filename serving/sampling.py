@@ -39,7 +39,7 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator 
         ordered, order = probabilities.sort(descending=True)
         outside = ordered.cumsum(-1) - ordered >= sampling.top_p  # the token that crosses top_p stays in
         probabilities = torch.zeros_like(probabilities).scatter(0, order, ordered.masked_fill(outside, 0.0))
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+    return int(torch.multinomial(probabilities.cpu(), 1, generator=generator))  # so that a seed means one thing
 
 
 def score(logits: torch.Tensor, tokens: list[int], top: int) -> list[Scored]:

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -190,6 +191,16 @@ def test_vllm_s_status_codes_for_names(http: httpx.Client, root: Path) -> None:
     assert http.get("/v1/nothing").json()["error"]["code"] == 404
 
 
+@pytest.mark.parametrize("name", ["a b", "a\nX-Evil: 1", "../a", "é", "*", "a" * 200])
+def test_names_are_fit_for_headers_and_logs(http: httpx.Client, root: Path, name: str) -> None:
+    """What could break a header, a path or a log line is no name, neither of an adapter nor of an alias."""
+    assert load(http, name, root / "v1").status_code == 400
+    load(http, "npc@0001", root / "v1")
+    quoted = urllib.parse.quote(name, safe="")
+    assert http.put(f"/v1/aliases/{quoted}", json={"target": "npc@0001"}).status_code in (400, 404)
+    assert http.get("/v1/aliases").json() == {"aliases": {}}
+
+
 def test_generations_are_compared(http: httpx.Client, root: Path) -> None:
     """The generation names the content: equal for equal files, and 409 when another one was expected."""
     first = load(http, "a", root / "v1").json()["adapter_generation"]
@@ -293,6 +304,7 @@ def test_the_openai_client_streams_and_collects_the_same(http: httpx.Client, url
         ({"prompt": "x", "temperature": 3}, "temperature"),
         ({"prompt": "x", "logit_bias": {"1": 1}}, "not supported"),
         ({"prompt": 5}, "prompt"),
+        ({"prompt": "x", "seed": 2**70}, "bad request body"),
     ],
 )
 def test_a_bad_request_says_what_is_bad(http: httpx.Client, body: dict[str, object], said: str) -> None:

@@ -101,3 +101,28 @@ def test_the_page_is_reached_through_its_socket(machine: Machine) -> None:
     machine.run("systemctl", "start", "eternad-page.socket")
     machine.wait("the page", lambda: "eternad_" in machine.run("/opt/eternad/bin/python", "-c", ask, check=False), 20)
     assert machine.show("eternad-page.service", "ActiveState") == "active"
+
+
+PARSE = """
+import os, tempfile
+from daemon.config import Watch
+from daemon.ingest.sandbox import Task
+from daemon.parse import in_unit
+import msgspec
+with tempfile.TemporaryFile() as file, tempfile.TemporaryFile() as answer:
+    file.write(b"prompt,completion\\nWho reads?,The Library reads.\\n")
+    file.flush()
+    task = msgspec.json.encode(Task("csv", Watch())).decode()
+    broken = in_unit(file.fileno(), task, answer.fileno(), seconds=30)
+    answer.seek(0)
+    print("<6>" + (broken or answer.read().decode().replace("\\n", " ")), flush=True)
+"""
+
+
+def test_a_hostile_file_is_parsed_in_a_unit_of_its_own(machine: Machine) -> None:
+    """The daemon, from inside its sandbox, has a file parsed by a process that has nothing but that file."""
+    machine.run("systemctl", "start", "eternad-parse.socket")
+    said = probe(machine, "eternad.service", PARSE)
+    assert "The Library reads." in said
+    assert '"type":"done"' in said
+    assert "eternad-parse" not in machine.run("systemctl", "list-units", "--failed", "--no-legend")

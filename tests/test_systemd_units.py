@@ -27,6 +27,7 @@ EXPOSURES = [
     ("eternad-engine@.service", (), 0.2),
     ("eternad-engine@.service", ("gpu-nvidia",), 0.4),
     ("eternad-gateway.service", (), 0.2),
+    ("eternad-parse@.service", (), 0.2),
     ("eternad-page.service", (), 0.5),
     ("eternad-failure@.service", (), 1.1),
 ]
@@ -45,7 +46,7 @@ pytestmark = pytest.mark.skipif(
 def directory(tmp_path: Path) -> Path:
     """The shipped units with a program that exists on this machine in the place of ours."""
     for path in SHIPPED.iterdir():
-        text = re.sub(r"/opt/eternad/bin/eternad", "/bin/true", path.read_text())
+        text = re.sub(r"/opt/eternad/bin/(eternad|python)", "/bin/true", path.read_text())
         (tmp_path / path.name).write_text(text)
     return tmp_path
 

@@ -1,0 +1,154 @@
+"""Intake over HTTP: what is acknowledged is on disk, what is refused leaves nothing, and a full house says so."""
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+from daemon import ingest, intake
+from daemon.config import Config, Engine, Model, Trust
+from daemon.state import records
+from daemon.state.database import open_database
+from daemon.state.files import Finished, Signature
+
+DAY = "intake-2027-01-15.jsonl"
+
+
+def record(number: int = 1, **changes: Any) -> dict[str, Any]:
+    """A good boolean record."""
+    return {
+        "schema": "eternad.feedback/1", "id": f"01990000-0000-7000-8000-{number:012x}", "ts": "2026-11-22T20:00:00Z",
+        "kind": "boolean", "model": "npc", "input": {"messages": [{"role": "user", "content": f"Question {number}?"}]},
+        "output": {"messages": [{"role": "assistant", "content": "Shown."}]}, "metric": "thumb", "value": True,
+        "subject": {"id": f"h:{number:016x}"}, "source": {"app": "game", "channel": "hall", "reporter": "player"},
+    } | changes  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """The model `npc`."""
+    return Config(
+        library_directory=tmp_path / "library", state_directory=tmp_path / "state",
+        models={"npc": Model(base_path=tmp_path, engine="embedded")}, engines={"embedded": Engine()},
+        trust=Trust(examples_per_subject_day=1000),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def client(config: Config, tmp_path: Path) -> Iterator[httpx.Client]:
+    """A client of a running endpoint."""
+    handle = intake.serve(lambda: config, tmp_path / "intake.sock", lambda: 1_800_000_000.0)
+    with httpx.Client(
+        transport=httpx.HTTPTransport(uds=str(handle.path), retries=20), base_url="http://intake"
+    ) as made:
+        for _ in range(200):
+            try:
+                made.get("/")
+                break
+            except httpx.ConnectError:
+                time.sleep(0.05)
+        yield made
+    handle.close()
+
+
+def lines(config: Config, source: str = "game") -> list[Any]:
+    """What is in a source's file."""
+    path = config.library_directory / "feedback/npc" / source / DAY
+    return [msgspec.json.decode(line) for line in path.read_bytes().split(b"\n") if line] if path.exists() else []
+
+
+def test_an_acknowledged_record_is_in_the_drop_directory(client: httpx.Client, config: Config) -> None:
+    """One record, or several, one a line; from there it is taken in like any file."""
+    one = client.post("/v1/feedback/npc/game", json=record(1))
+    assert (one.status_code, one.json()) == (202, {"ids": [record(1)["id"]]})
+    two = client.post("/v1/feedback/npc/game", content=b"\n".join(msgspec.json.encode(record(n)) for n in (2, 3)))
+    assert len(two.json()["ids"]) == 2
+    assert lines(config) == [record(1), record(2), record(3)]
+    name = f"feedback/npc/game/{DAY}"
+    seen = os.lstat(config.library_directory / name)
+    signature = Signature(seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
+    database = open_database(config.state_directory / "eternad.db")
+    ingest.ingest_file(database, config, Finished(path=name, relative=name, signature=signature), 1.8e9)
+    assert records.counts(database, "npc") == {"boolean/journal": 3}
+    database.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "code"),
+    [
+        ("npc/game", b"{", 422, "invalid_json"),
+        ("npc/game", b"", 422, "bad_record"),
+        (
+            "npc/game",
+            msgspec.json.encode(record(1)) + b"\n" + msgspec.json.encode(record(2, value=3)),
+            422,
+            "bad_record",
+        ),
+        ("npc/game", msgspec.json.encode(record(1, model="book")), 422, "model_mismatch"),
+        ("npc/game", msgspec.json.encode(record(1, subject={"id": "ann@example.org"})), 422, "raw_subject"),
+        ("npc/game", b"\n".join([b"{}"] * 1001), 413, "too_large"),
+        ("npc/game", b" " * (4 * 1024 * 1024 + 1), 413, "too_large"),
+        ("book/game", msgspec.json.encode(record(1)), 404, "unknown_model"),
+        ("npc/..%2f..%2fetc", msgspec.json.encode(record(1)), 404, None),
+        ("npc/UPPER", msgspec.json.encode(record(1)), 404, "unknown_model"),
+    ],
+)
+def test_a_bad_request_leaves_nothing(
+    client: httpx.Client, config: Config, path: str, body: bytes, status: int, code: str | None
+) -> None:
+    """All records of a request are in order, or none is taken."""
+    answer = client.post(f"/v1/feedback/{path}", content=body)
+    assert answer.status_code == status
+    assert code is None or answer.json()["code"] == code
+    assert lines(config) == [] and not list(config.library_directory.rglob("*.jsonl"))
+
+
+def test_a_line_that_a_kill_tore_does_not_harm_the_next(client: httpx.Client, config: Config) -> None:
+    """The torn one was never acknowledged."""
+    path = config.library_directory / "feedback/npc/game" / DAY
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b'{"torn')
+    client.post("/v1/feedback/npc/game", json=record(1))
+    assert path.read_bytes().split(b"\n")[0] == b'{"torn'
+    assert msgspec.json.decode(path.read_bytes().split(b"\n")[1]) == record(1)
+
+
+def test_many_requests_share_an_fsync(config: Config) -> None:
+    """Group commit: what waits while the disk is busy is written together."""
+
+    async def send() -> int:
+        journal = intake.Journal(config.library_directory, lambda: 1_800_000_000.0)
+        writer = asyncio.create_task(journal.run())
+        await asyncio.gather(*(journal.append("npc/game", b"%d\n" % number) for number in range(500)))
+        writer.cancel()
+        return journal.fsyncs_total
+
+    assert asyncio.run(send()) < 50
+    assert sorted(lines(config)) == list(range(500))
+
+
+def test_a_full_house_says_when_to_come_again(
+    client: httpx.Client, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Back-pressure instead of memory."""
+    monkeypatch.setattr(intake, "WAITING_MAX", 0)
+    answer = client.post("/v1/feedback/npc/game", json=record(1))
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+    assert lines(config) == []
+
+
+def test_what_cannot_be_written_is_not_acknowledged(client: httpx.Client, config: Config) -> None:
+    """The producer is told to send it again, and when the disk is back it is taken."""
+    place = config.library_directory / "feedback/npc/game"
+    place.parent.mkdir(parents=True)
+    place.write_text("in the way")
+    assert client.post("/v1/feedback/npc/game", json=record(1)).status_code == 503
+    place.unlink()
+    assert client.post("/v1/feedback/npc/game", json=record(1)).status_code == 202
+    assert lines(config) == [record(1)]

@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from strategies.failure import Failure
-from strategies.lora_linear import LoraState, LoraWeights, lora_linear
+from strategies.llama import Engine, is_supported
+from strategies.lora_linear import WINDOW_SHIFT, LoraGroup, LoraState, LoraWeights, draw_masks, lora_linear
 from strategies.request import Lora, write
 from strategies.token_loss import Head
 
@@ -51,11 +52,13 @@ class Adapter:
         self._spans = _spans(sizes)
         for leaf, value, slope in zip(leaves, self._views(self.flat), self._views(self.gradient), strict=True):
             leaf.data, leaf.grad = value, slope
-        self._take_over_forward(leaves)
+        self._lora_of = self._take_over_forward(leaves)
         causal = model.get_base_model()
         self.decoder = getattr(causal, causal.base_model_prefix)
         """Token ids to hidden states, without the output layer."""
         self.head = _head(causal)
+        self._widest = max(group.A.shape[1] for group in self._lora_of.values())
+        self._engine = Engine(self.decoder, self._lora_of, self.parameter) if is_supported(causal) else None
 
     @property
     def device(self) -> torch.device:
@@ -65,19 +68,20 @@ class Adapter:
     def _views(self, flat: Tensor) -> list[Tensor]:
         return [flat[span].view(shape) for span, shape in zip(self._spans, self.shapes, strict=True)]
 
-    def _take_over_forward(self, leaves: list[nn.Parameter]) -> None:
+    def _take_over_forward(self, leaves: list[nn.Parameter]) -> dict[nn.Module, LoraWeights]:
         """Let every LoRA layer compute with the working copy and add its gradients to the flat one."""
-        place = {name: index for index, name in enumerate(self.names)}
+        index = {name: place for place, name in enumerate(self.names)}
         work, slopes = self._views(self._work), self._views(self.gradient)
-        for name, layer in self.model.named_modules():
-            if not isinstance(layer, PeftLinear):
-                continue
-            a, b = place[f"{name}.lora_A.default.weight"], place[f"{name}.lora_B.default.weight"]
-            weights = LoraWeights(
+        layers = [(name, layer) for name, layer in self.model.named_modules() if isinstance(layer, PeftLinear)]
+        found: dict[nn.Module, LoraWeights] = {}
+        for place, (name, layer) in enumerate(layers):
+            a, b = index[f"{name}.lora_A.default.weight"], index[f"{name}.lora_B.default.weight"]
+            found[layer] = LoraWeights(
                 A=leaves[a], B=leaves[b], work_a=work[a], work_b=work[b], gradient_a=slopes[a], gradient_b=slopes[b],
-                scaling=float(layer.scaling["default"]),
+                scaling=float(layer.scaling["default"]), place=place,
             )  # fmt: skip
-            layer.forward = _forward_of(layer, weights, self.state)  # type: ignore[method-assign]
+            layer.forward = _forward_of(layer, found[layer], self.state)  # type: ignore[method-assign]
+        return found
 
     def refresh(self) -> None:
         """Take `flat` over into the working copy; call after every change of `flat`."""
@@ -94,8 +98,16 @@ class Adapter:
 
         Padding stands at the end, so a causal model needs no mask: no real token ever sees it.
         """
-        states = self.decoder(input_ids=tokens.to(self.device), use_cache=False).last_hidden_state
-        return torch.flatten(states, 0, 1)
+        tokens = tokens.to(self.device)
+        width = self._widest + len(self._lora_of) * WINDOW_SHIFT
+        self.state.masks = draw_masks(self.state.dropout, tokens.numel(), width, self._work)
+        try:
+            # who hooks into a layer sees it only where the layers themselves are called
+            if self._engine is not None and not any(layer._forward_hooks for layer in self._lora_of):
+                return self._engine.hidden(tokens, self.state)
+            return torch.flatten(self.decoder(input_ids=tokens, use_cache=False).last_hidden_state, 0, 1)
+        finally:
+            self.state.masks = None
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -190,15 +202,36 @@ class Adapter:
 def _forward_of(layer: PeftLinear, weights: LoraWeights, state: LoraState) -> Any:
     base = cast(nn.Linear, layer.base_layer)
 
+    group = LoraGroup((weights,), (slice(None),))
+
     def forward(_: PeftLinear, x: Tensor, *__: Any, **___: Any) -> Tensor:
-        return lora_linear(x, base, weights, state)
+        return lora_linear(x, base, group, state)
 
     return MethodType(forward, layer)
 
 
+SIDE_BY_SIDE = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+"""Layers with one input, in the order in which their weights are stacked."""
+
+
 def _leaves(model: Any) -> tuple[list[str], list[nn.Parameter]]:
-    named = sorted((name, leaf) for name, leaf in model.named_parameters() if leaf.requires_grad)
+    """Names and LoRA parameters in the order of the flat vector: A of layers with one input side by side."""
+    named = sorted(
+        ((name, leaf) for name, leaf in model.named_parameters() if leaf.requires_grad), key=lambda it: _order(it[0])
+    )
     return [name for name, _ in named], [leaf for _, leaf in named]
+
+
+def _order(name: str) -> tuple[object, ...]:
+    *path, module, part, _, _ = name.split(".")
+    if module not in SIDE_BY_SIDE:
+        return (*_numbered(path), 1, module, part, 0)
+    return (*_numbered(path), 0, "", part, SIDE_BY_SIDE.index(module))
+
+
+def _numbered(path: list[str]) -> list[tuple[int, str]]:
+    """Sorts `layers.10` behind `layers.9`."""
+    return [(int(step), "") if step.isdigit() else (-1, step) for step in path]
 
 
 def _spans(sizes: list[int]) -> list[slice]:

@@ -162,6 +162,7 @@ def canary(adapter: Adapter, prompt: str) -> Canary:
         token_ids=answer,
         logprobs=_logprobs_of(adapter, start, answer),
         base_logprobs=under_base,
+        text=str(adapter.tokenizer.decode(answer, skip_special_tokens=True)),
     )
 
 

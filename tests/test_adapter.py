@@ -75,8 +75,9 @@ def test_gradients_equal_those_of_stock_peft(tiny_base: Path, tmp_path: Path) ->
     stock = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32, local_files_only=True)
     wrapped = PeftModel.from_pretrained(stock, str(tmp_path), is_trainable=True)
     wrapped.base_model.model.model(TOKENS).last_hidden_state.square().mean().backward()
-    leaves = [leaf for _, leaf in sorted(wrapped.named_parameters()) if leaf.requires_grad]
-    expected = torch.cat([leaf.grad.reshape(-1) for leaf in leaves if leaf.grad is not None])
+    slopes = {name: leaf.grad for name, leaf in wrapped.named_parameters() if leaf.grad is not None}
+    assert len(slopes) == len(adapter.names)
+    expected = torch.cat([slopes[name].reshape(-1) for name in adapter.names])
     assert torch.allclose(adapter.gradient, expected, atol=1e-6, rtol=1e-4)
     assert all(leaf.grad is None for leaf in adapter.model.parameters() if not leaf.requires_grad)
 

@@ -1,0 +1,301 @@
+"""A hand-written forward and backward pass for decoders of Llama's shape, on CPUs.
+
+The same numbers as transformers + peft (the tests hold it to that), with fewer and larger operations:
+
+- q, k, v and gate, up share their input: one product each with the fused frozen weight, one with the stacked A;
+- the frozen weights get no gradient, and nothing of autograd's bookkeeping is kept: per layer only what the backward
+  pass reads;
+- attention is explicit products per key/value head over the group's queries (no repeated keys), with the causal mask
+  added in the product.
+
+Shapes: tokens = sequences * length. x: (tokens, hidden); q: (sequences * kv heads, group * length, head size);
+k, v: (sequences * kv heads, length, head size); scores: (sequences * kv heads, group * length, length).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from strategies.lora_linear import LoraGroup, LoraState, LoraWeights, Masks
+
+SUPPORTED = ("llama", "mistral", "qwen2")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Linear layers with one input: their frozen weights stacked, their adapters."""
+
+    weight: Tensor
+    """(sum of outputs, inputs)"""
+    bias: Tensor | None
+    lora: LoraGroup | None
+
+    def forward(self, x: Tensor, masks: Masks | None, enabled: bool) -> tuple[Tensor, Tensor | None]:
+        """(tokens, sum of outputs), and z for the backward pass."""
+        y = torch.nn.functional.linear(x, self.weight, self.bias)
+        return y, self.lora.add_forward(x, y, masks) if enabled and self.lora else None
+
+    def backward(self, dy: Tensor, x: Tensor, z: Tensor | None, masks: Masks | None) -> Tensor:
+        """(tokens, inputs) dx; the adapters' gradients are added to the flat one."""
+        dx = dy @ self.weight
+        if self.lora is not None and z is not None:
+            self.lora.add_backward(x, z, dy, dx, masks)
+        return dx
+
+    def is_trained(self) -> bool:
+        """Whether any adapter of the group asks for a gradient."""
+        return self.lora is not None and any(member.A.requires_grad for member in self.lora.members)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """One decoder layer."""
+
+    norm_in: Tensor
+    qkv: Group
+    out: Group
+    norm_mlp: Tensor
+    gate_up: Group
+    down: Group
+
+    def is_trained(self) -> bool:
+        """Whether any adapter of the layer asks for a gradient."""
+        return any(group.is_trained() for group in (self.qkv, self.out, self.gate_up, self.down))
+
+
+class Kept(NamedTuple):
+    """What the backward pass of one layer reads."""
+
+    x: Tensor
+    attended: "Attended"
+    mixed: Tensor
+    """(tokens, heads * head size) attention's answer, before the output layer"""
+    middle: Tensor
+    """(tokens, hidden) after attention"""
+    gate_up: Tensor
+    """(tokens, 2 * inner)"""
+    active: Tensor
+    """(tokens, inner) silu(gate)"""
+    zs: tuple[Tensor | None, ...]
+    """z = x A^T of qkv, out, gate_up, down"""
+
+
+class Attended(NamedTuple):
+    """What attention's backward pass reads."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    weights: Tensor
+    """softmax of the scores"""
+
+
+class Rotation(NamedTuple):
+    """Rotary positions (Su et al., arXiv:2104.09864); (length, head size / 2) each."""
+
+    cosine: Tensor
+    sine: Tensor
+
+
+def is_supported(causal: Any) -> bool:
+    """Whether `causal` computes exactly what this module computes."""
+    config = causal.config
+    return (
+        config.model_type in SUPPORTED
+        and config.hidden_act == "silu"
+        and causal.device.type == "cpu"
+        and all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or [])
+        and not getattr(config, "attention_dropout", 0.0)
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pass:
+    """What is the same for all layers of one forward and backward pass."""
+
+    sequences: int
+    rotation: Rotation
+    mask: Tensor
+    """(1, group * length, length) causal"""
+    masks: Masks | None
+    enabled: bool
+
+
+class Engine:
+    """The decoder of one model with its adapter."""
+
+    def __init__(self, decoder: Any, lora_of: Mapping[nn.Module, LoraWeights], leaf: nn.Parameter) -> None:
+        self.decoder = decoder
+        self.leaf = leaf
+        """Any parameter that asks for a gradient: it makes autograd call the backward pass."""
+        config, attention = decoder.config, decoder.layers[0].self_attn
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_size, self.scaling, self.epsilon = attention.head_dim, attention.scaling, config.rms_norm_eps
+        self.blocks = [_block(layer, lora_of) for layer in decoder.layers]
+
+    def hidden(self, tokens: Tensor, state: LoraState) -> Tensor:
+        """(sequences, length) token ids -> (sequences * length, hidden) last hidden states."""
+        return _Decode.apply(self.leaf, self, tokens, state)
+
+    def forward(self, tokens: Tensor, state: LoraState, keep: bool) -> tuple[Tensor, Tensor, list[Kept], Pass]:
+        """Normed and raw last hidden states, what the backward pass reads of the trained layers, the pass itself."""
+        x = self.decoder.embed_tokens(tokens).flatten(0, 1)
+        now = Pass(
+            sequences=len(tokens),
+            rotation=self._rotation(x, tokens.shape[1]),
+            mask=_causal_mask(tokens.shape[1], self.heads // self.kv_heads, x.dtype),
+            masks=state.masks,
+            enabled=state.enabled,
+        )
+        trained = [place for place, block in enumerate(self.blocks) if block.is_trained()]
+        lowest = trained[0] if trained and keep else len(self.blocks)
+        kept: list[Kept] = []
+        for place, block in enumerate(self.blocks):
+            x, layer = self._layer_forward(block, x, now)
+            if place >= lowest:
+                kept.append(layer)
+        return self._norm(x, self.decoder.norm.weight), x, kept, now
+
+    def backward(self, gradient: Tensor, last: Tensor, kept: list[Kept], now: Pass) -> None:
+        """Add every trained adapter's gradient to the flat one; consumes `kept`: nothing lies below its first layer."""
+        dx = _norm_backward(gradient, last, self.decoder.norm.weight, self.epsilon)
+        for block in reversed(self.blocks[-len(kept) :]):
+            dx = self._layer_backward(block, dx, kept.pop(), now)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, self.epsilon)
+
+    def _rotation(self, x: Tensor, length: int) -> Rotation:
+        cosine, sine = self.decoder.rotary_emb(x, torch.arange(length)[None])
+        half = self.head_size // 2
+        return Rotation(cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous())
+
+    def _layer_forward(self, block: Block, x: Tensor, now: Pass) -> tuple[Tensor, Kept]:
+        qkv, z_qkv = block.qkv.forward(self._norm(x, block.norm_in), now.masks, now.enabled)
+        mixed, attended = self._attend(qkv, now)
+        middle, z_out = block.out.forward(mixed, now.masks, now.enabled)
+        middle.add_(x)
+        gate_up, z_gate_up = block.gate_up.forward(self._norm(middle, block.norm_mlp), now.masks, now.enabled)
+        gate, up = gate_up.chunk(2, dim=1)
+        active = torch.nn.functional.silu(gate)
+        output, z_down = block.down.forward(active * up, now.masks, now.enabled)
+        return output.add_(middle), Kept(x, attended, mixed, middle, gate_up, active, (z_qkv, z_out, z_gate_up, z_down))
+
+    def _layer_backward(self, block: Block, dy: Tensor, kept: Kept, now: Pass) -> Tensor:
+        z_qkv, z_out, z_gate_up, z_down = kept.zs
+        gate, up = kept.gate_up.chunk(2, dim=1)
+        dinner = block.down.backward(dy, kept.active * up, z_down, now.masks)
+        dgate_up = torch.empty_like(kept.gate_up)
+        dgate, dup = dgate_up.chunk(2, dim=1)
+        torch.mul(dinner, kept.active, out=dup)
+        torch.ops.aten.silu_backward.grad_input(dinner.mul_(up), gate, grad_input=dgate)
+        dnormed = block.gate_up.backward(dgate_up, self._norm(kept.middle, block.norm_mlp), z_gate_up, now.masks)
+        dmiddle = _norm_backward(dnormed, kept.middle, block.norm_mlp, self.epsilon).add_(dy)
+        dmixed = block.out.backward(dmiddle, kept.mixed, z_out, now.masks)
+        dqkv = self._attend_backward(dmixed, kept.attended, now)
+        dnormed = block.qkv.backward(dqkv, self._norm(kept.x, block.norm_in), z_qkv, now.masks)
+        return _norm_backward(dnormed, kept.x, block.norm_in, self.epsilon).add_(dmiddle)
+
+    def _split(self, qkv: Tensor, sequences: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of (tokens, (heads + 2 kv heads) * head size): (sequences, heads of each, length, head size)."""
+        heads = qkv.view(sequences, -1, self.heads + 2 * self.kv_heads, self.head_size).transpose(1, 2)
+        return heads[:, : self.heads], heads[:, self.heads : -self.kv_heads], heads[:, -self.kv_heads :]
+
+    def _attend(self, qkv: Tensor, now: Pass) -> tuple[Tensor, Attended]:
+        length = len(qkv) // now.sequences
+        raw_q, raw_k, raw_v = self._split(qkv, now.sequences)
+        batch = now.sequences * self.kv_heads
+        q = _rotate(raw_q, now.rotation).view(batch, -1, self.head_size)
+        k = _rotate(raw_k, now.rotation).view(batch, length, self.head_size)
+        v = raw_v.reshape(batch, length, self.head_size)
+        scores = torch.baddbmm(now.mask.expand(batch, -1, -1), q, k.transpose(1, 2), alpha=self.scaling)
+        weights = torch.softmax(scores, dim=-1)
+        mixed = (weights @ v).view(now.sequences, self.heads, length, self.head_size).transpose(1, 2)
+        return mixed.reshape(len(qkv), -1), Attended(q, k, v, weights)
+
+    def _attend_backward(self, dmixed: Tensor, kept: Attended, now: Pass) -> Tensor:
+        length = len(dmixed) // now.sequences
+        heads = dmixed.view(now.sequences, length, self.heads, self.head_size).transpose(1, 2)
+        do = heads.reshape(kept.q.shape)
+        dscores = torch._softmax_backward_data(do @ kept.v.transpose(1, 2), kept.weights, -1, do.dtype)
+        dqkv = do.new_empty(len(dmixed), (self.heads + 2 * self.kv_heads) * self.head_size)
+        to_q, to_k, to_v = self._split(dqkv, now.sequences)
+        dq = (dscores @ kept.k).mul_(self.scaling).view(to_q.shape)
+        dk = (dscores.transpose(1, 2) @ kept.q).mul_(self.scaling).view(to_k.shape)
+        _rotate(dq, now.rotation, to_q, sign=-1)
+        _rotate(dk, now.rotation, to_k, sign=-1)
+        to_v.copy_((kept.weights.transpose(1, 2) @ do).view(to_v.shape))
+        return dqkv
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, engine: Engine, tokens: Tensor, state: LoraState) -> Tensor:  # noqa: ARG004
+        hidden, *ctx.kept = engine.forward(tokens, state, keep=ctx.needs_input_grad[0] and state.enabled)
+        ctx.engine = engine
+        if not state.enabled:
+            ctx.mark_non_differentiable(hidden)
+        return hidden
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None, None]:
+        last, kept, now = ctx.kept
+        if not kept:
+            raise RuntimeError("a forward pass can be differentiated once, and only above a trained layer")
+        ctx.engine.backward(gradients[0], last, kept, now)
+        return None, None, None, None
+
+
+def _block(layer: Any, lora_of: Mapping[nn.Module, LoraWeights]) -> Block:
+    attention, mlp = layer.self_attn, layer.mlp
+    return Block(
+        norm_in=layer.input_layernorm.weight,
+        qkv=_group([attention.q_proj, attention.k_proj, attention.v_proj], lora_of),
+        out=_group([attention.o_proj], lora_of),
+        norm_mlp=layer.post_attention_layernorm.weight,
+        gate_up=_group([mlp.gate_proj, mlp.up_proj], lora_of),
+        down=_group([mlp.down_proj], lora_of),
+    )
+
+
+def _group(modules: Sequence[Any], lora_of: Mapping[nn.Module, LoraWeights]) -> Group:
+    """Stack the frozen weights of `modules`, which become views of the stack: no memory is spent twice."""
+    plain = [getattr(module, "base_layer", module) for module in modules]
+    weight = torch.cat([layer.weight.data for layer in plain])
+    ends = [sum(layer.weight.shape[0] for layer in plain[: place + 1]) for place in range(len(plain))]
+    outputs = [slice(end - layer.weight.shape[0], end) for end, layer in zip(ends, plain, strict=True)]
+    for layer, rows in zip(plain, outputs, strict=True):
+        layer.weight.data = weight[rows]
+    bias = None if plain[0].bias is None else torch.cat([layer.bias.data for layer in plain])
+    adapted = [(lora_of[module], rows) for module, rows in zip(modules, outputs, strict=True) if module in lora_of]
+    members, columns = tuple(lora for lora, _ in adapted), tuple(rows for _, rows in adapted)
+    return Group(weight, bias, LoraGroup(members, columns) if members else None)
+
+
+def _causal_mask(length: int, group: int, dtype: torch.dtype) -> Tensor:
+    """(1, group * length, length): 0 where a query may look, -inf beyond; the group's queries one after other."""
+    mask = torch.full((length, length), float("-inf"), dtype=dtype).triu_(1)
+    return mask.repeat(group, 1)[None]
+
+
+def _rotate(heads: Tensor, rotation: Rotation, out: Tensor | None = None, sign: int = 1) -> Tensor:
+    """Rotate (sequences, heads, length, head size) by position; sign -1 is the inverse, which is the transpose."""
+    result = torch.empty(heads.shape, dtype=heads.dtype) if out is None else out
+    first, second = heads.chunk(2, dim=-1)
+    to_first, to_second = result.chunk(2, dim=-1)
+    torch.mul(first, rotation.cosine, out=to_first)
+    to_first.addcmul_(second, rotation.sine, value=-sign)
+    torch.mul(second, rotation.cosine, out=to_second)
+    to_second.addcmul_(first, rotation.sine, value=sign)
+    return result
+
+
+def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """y = x r w with r = 1 / sqrt(mean(x^2) + epsilon): dx = r (w dy) - x r^3 <w dy, x> / hidden, in float32."""
+    wide, slope = x.float(), (dy * weight).float()
+    r = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+    dot = (slope * wide).sum(-1, keepdim=True)
+    return slope.mul_(r).addcmul_(wide, r.pow(3).mul_(dot), value=-1 / x.shape[-1]).to(dy.dtype)

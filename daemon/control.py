@@ -5,10 +5,12 @@ hand its answer back. Whoever may open the socket (mode 0660) may command; the c
 """
 
 import http.client
+import logging
 import os
 import queue
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +21,11 @@ from typing import Any, ClassVar, Literal, cast
 
 import msgspec
 
-Action = Literal["scan", "update", "pause", "resume", "rollback", "cancel", "requeue", "reload", "retry", "drop", "gc"]
+Action = Literal[
+    "scan", "update", "pause", "resume", "rollback", "cancel", "requeue", "reload", "retry", "drop", "gc", "accept",
+    "reject", "erase",
+]  # fmt: skip
+log = logging.getLogger("eternad.control")
 ANSWER_SECONDS = 60.0
 """The loop is that busy at most (a scan of a large library); afterwards the caller hears that it is queued."""
 BODY_BYTES_MAX = 64 * 1024
@@ -39,6 +45,10 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """For gc: only say what would go."""
     quarantine_id: int | None = None
     """For retry and drop; retry with None means everything that can be retried."""
+    record_id: str | None = None
+    """For accept and reject: a held feedback record of `model`."""
+    subject: str | None = None
+    """For erase."""
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,6 +137,11 @@ class _Server(ThreadingUnixStreamServer):
         super().__init__(str(path), _Requests, bind_and_activate=False)
         self._bind(path)
         self.server_activate()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A caller that went away is its own business; anything else is logged, and the server goes on."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            log.exception("a request at the control socket broke")
 
     def _bind(self, path: Path) -> None:
         """Through a descriptor of the directory, since a socket's whole path must fit into 108 bytes, and never

@@ -40,3 +40,8 @@ def safe(text: str) -> str:
     from daemon.log import escape
 
     return escape(text)
+
+
+def safe_lines(text: str) -> str:
+    """Like `safe`, for text that keeps its line breaks."""
+    return "\n".join(safe(line) for line in text.split("\n"))

@@ -13,7 +13,7 @@ import typer
 
 from daemon import cli, config_text
 from daemon.cli.app import app
-from daemon.config import BY_NAME, load
+from daemon.config import BY_NAME, Config, Model, load
 from daemon.web.reference import reference as metrics_reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,6 +94,15 @@ def test_every_key_of_the_program_is_explained() -> None:
             assert key.name == field.encode_name
             assert key.kind != "table" or key.is_table, f"{table.__name__}.{key.name}: what is {key.kind}?"
             assert f"| `{key.name}` | {key.kind.replace('|', chr(92) + '|')} |" in CONFIGURE
+
+
+def test_no_table_of_the_configuration_is_left_out() -> None:
+    """A new struct in `Config` or `Model` needs a line in `config_text.TABLES`."""
+    known = {table for _, table in config_text.TABLES}
+    for table in (Config, Model):
+        for field in msgspec.structs.fields(table):
+            if isinstance(field.default, msgspec.Struct):
+                assert type(field.default) in known, field.name
 
 
 def test_the_smallest_configuration_of_the_docs_works(tmp_path: Path) -> None:

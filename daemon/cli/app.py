@@ -4,7 +4,21 @@ from typing import Annotated
 
 import typer
 
-from daemon.cli import ask, buffer, context, foreground, options, orders, past, quarantine, setup, show, status, update
+from daemon.cli import (
+    ask,
+    buffer,
+    context,
+    foreground,
+    options,
+    orders,
+    past,
+    quarantine,
+    review,
+    setup,
+    show,
+    status,
+    update,
+)
 
 app = typer.Typer(
     name="eternad",
@@ -47,10 +61,11 @@ for command, panel in (
     (ask.ask, LOOK),
     (orders.scan, ACT), (update.update, ACT), (orders.rollback, ACT), (orders.pause, ACT), (orders.resume, ACT),
     (orders.cancel, ACT), (orders.requeue, ACT), (orders.reload, ACT),
-    (orders.gc, ACT),
+    (orders.gc, ACT), (review.erase, ACT),
     (foreground.run, HOUSE), (foreground.serve, HOUSE), (setup.init, HOUSE), (setup.check_config, HOUSE),
     (setup.install_units, HOUSE), (setup.uninstall_units, HOUSE), (setup.completion, HOUSE),
 ):  # fmt: skip
     app.command(rich_help_panel=panel)(command)
 app.add_typer(quarantine.app, name="quarantine", rich_help_panel=LOOK)
+app.add_typer(review.app, name="review", rich_help_panel=LOOK)
 app.add_typer(buffer.app, name="buffer", rich_help_panel=LOOK)

@@ -28,6 +28,6 @@ def ask(
         if json:
             return screen.json({"answer": "".join(answer.pieces), "version": answer.version})
         for piece in answer.pieces:
-            print(conversation.shown(piece), end="", flush=True)
+            print(screen.safe_lines(piece), end="", flush=True)
         screen.say()
     typer.echo(f"answered by {answer.version}", err=True)

@@ -81,3 +81,10 @@ def send(config: "Config", order: "Order") -> "Reply":
     if not reply.ok:
         raise Failure(reply.text)
     return reply
+
+
+def printable(row: Any) -> dict[str, Any]:
+    """A row for `--json`, its JSON body as JSON and not as bytes."""
+    import msgspec
+
+    return {**msgspec.structs.asdict(row), "body": msgspec.Raw(row.body)}

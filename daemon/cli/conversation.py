@@ -28,11 +28,6 @@ def target(model: str, version: str | None) -> str:
     return f"{model}@{number:04d}" if number else "base"
 
 
-def shown(text: str) -> str:
-    """An answer keeps its line breaks; other control characters are not obeyed."""
-    return "\n".join(screen.safe(line) for line in text.split("\n"))
-
-
 def connect(engine: Engine) -> http.client.HTTPConnection:
     """A connection to the first replica; it may open only with the first request."""
     if not engine.urls:
@@ -81,7 +76,7 @@ def _post(connection: http.client.HTTPConnection, engine: Engine, body: dict[str
     except (OSError, http.client.HTTPException) as error:
         raise _silent(engine, error) from None
     if response.status != 200:
-        raise Failure(f"the engine answered {response.status}: {shown(_reason(response.read(4000)))}")
+        raise Failure(f"the engine answered {response.status}: {screen.safe_lines(_reason(response.read(4000)))}")
     return response
 
 

@@ -20,7 +20,7 @@ def order(config: Path | None, json: bool, **fields: Any) -> "Reply":
     if fields.get("model") is not None:
         context.model_name(loaded, fields["model"])
     reply = context.send(loaded, Order(**fields))
-    screen.json(reply) if json else screen.say(screen.safe(reply.text))
+    screen.json(reply) if json else screen.say(screen.safe_lines(reply.text))
     return reply
 
 

@@ -8,9 +8,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from daemon.wording import ago, clock, duration, safe, size, version
+from daemon.wording import ago, clock, duration, safe, safe_lines, size, version
 
-__all__ = ["ago", "bar", "clock", "duration", "is_terminal", "json", "safe", "say", "size", "style", "table", "version"]
+__all__ = [
+    "ago", "bar", "clock", "duration", "is_terminal", "json", "safe", "safe_lines", "say", "size", "style", "table",
+    "version",
+]  # fmt: skip
 
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "blue": "36"}
 

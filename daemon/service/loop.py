@@ -13,6 +13,7 @@ from daemon import config as configuration
 from daemon import schedule, sd_notify
 from daemon.config import Config, ConfigError
 from daemon.control import Command, Commands
+from daemon.service.desk import Desk
 from daemon.service.house import House, log
 from daemon.service.intake import Intake
 from daemon.service.keeping import Keeping
@@ -43,7 +44,7 @@ class Service:
             "drop": self.intake.drop,
             "gc": self._sweep,
             "reload": lambda _: self.reload(),
-        }
+        } | Desk(self.house).actions()
 
     def start(self) -> None:
         """Begin to watch and to keep time."""

@@ -9,7 +9,7 @@ import msgspec
 from buffers.inventory import Age, composition
 from daemon import overview as glance
 from daemon.config import Config
-from daemon.state import audit, quarantine, summary
+from daemon.state import audit, quarantine, records, summary
 from daemon.state import runs as run_rows
 from daemon.state.database import Connection
 from daemon.state.runs import Run, Version
@@ -35,8 +35,8 @@ def runs_page(connection: Connection, model: str | None) -> dict[str, Any]:
 
 
 def quarantine_page(connection: Connection) -> dict[str, Any]:
-    """The refusals."""
-    return {"rows": quarantine.rows(connection, ROWS_SHOWN)}
+    """The refusals, and what waits for review."""
+    return {"rows": quarantine.rows(connection, ROWS_SHOWN), "held": records.held(connection, limit=ROWS_SHOWN)}
 
 
 def log_page(connection: Connection) -> dict[str, Any]:

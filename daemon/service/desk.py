@@ -1,0 +1,57 @@
+"""What a person decides about people's data: held feedback is accepted or rejected, a subject is erased."""
+
+import time
+from collections.abc import Callable
+
+from daemon import erasure, review
+from daemon.control import Action, Command
+from daemon.service.house import House
+from daemon.service.orders import CannotBeDone, Said
+
+
+class Desk:
+    """The orders `accept`, `reject` and `erase`."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+
+    def actions(self) -> dict[Action, Callable[[Command], Said]]:
+        """For the table of `Orders`."""
+        return {"accept": self._accept, "reject": self._reject, "erase": self._erase}
+
+    def _accept(self, command: Command) -> Said:
+        model, record = self._record(command)
+        try:
+            new = review.accept(
+                self._house.database, self._house.config, model, record, command.actor, time.time()
+            )  # fmt: skip
+        except review.NotHeld as error:
+            raise CannotBeDone(str(error)) from None
+        return f"{record} is accepted: {new} new examples wait for {model}", {"examples": new}
+
+    def _reject(self, command: Command) -> Said:
+        model, record = self._record(command)
+        try:
+            review.reject(self._house.database, model, record, command.actor)
+        except review.NotHeld as error:
+            raise CannotBeDone(str(error)) from None
+        return f"{record} is rejected: nothing is learned from it", {}
+
+    def _erase(self, command: Command) -> Said:
+        try:
+            receipt = erasure.erase(
+                self._house.database, self._house.config, command.order.subject or "", time.time()
+            )  # fmt: skip
+        except erasure.CannotErase as error:
+            raise CannotBeDone(str(error)) from None
+        versions = ", ".join(f"{model}: {numbers}" for model, numbers in receipt.versions.items()) or "none"
+        text = (
+            f"{receipt.records} records and {receipt.examples} examples are erased; versions that have learned from"
+            f" them: {versions}; files of the library that still hold them: {', '.join(receipt.files) or 'none'}"
+        )
+        return text, {"records": receipt.records, "examples": receipt.examples, "versions": receipt.versions}
+
+    def _record(self, command: Command) -> tuple[str, str]:
+        if command.order.model not in self._house.config.models or not command.order.record_id:
+            raise CannotBeDone("give a model of the configuration and the id of a record; see: eternad review ls")
+        return command.order.model, command.order.record_id

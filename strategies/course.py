@@ -60,7 +60,7 @@ class Course:
             training=self.request.training,
             items=self.items,
             learners=self.learners,
-            preference_losses=preference_losses(rows),
+            preference_losses=preference_losses(rows, self.request.training.preference_beta),
             update=self.request.update_number,
             seed=self.request.seed,
             events=Events(self._after_start, self._after_step, self._after_epoch, self._before_consolidation),

@@ -11,7 +11,7 @@ import pytest
 from daemon import ingest, review
 from daemon.config import Config, Engine, Model, Trust
 from daemon.ingest.outcome import Outcome
-from daemon.state import audit, records
+from daemon.state import audit, quarantine, records
 from daemon.state.database import open_database
 from daemon.state.files import Finished, Signature
 
@@ -125,3 +125,41 @@ def test_a_held_record_can_be_withdrawn(site: Site) -> None:
     site.trust(examples_per_subject_day=1)
     site.append(record(1), record(2), record(9, kind="retraction", value=identity(2)))
     assert site.states() == ["journal", "retracted", "stored"]
+
+
+LONG = "the library has no end and whoever walks far enough comes back to where he began to walk"
+
+
+def drop(site: Site, name: str, data: str) -> Outcome:
+    """Write a content or evaluation file and take it in."""
+    (site.library / name).parent.mkdir(parents=True, exist_ok=True)
+    (site.library / name).write_text(data, "utf-8")
+    seen = os.lstat(site.library / name)
+    signature = Signature(seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
+    finished = Finished(path=name, relative=name, signature=signature)
+    return ingest.ingest_file(site.database, site.config, finished, 10 * DAY)
+
+
+def test_what_stands_in_the_evaluation_is_not_trained_on(site: Site) -> None:
+    """Thirteen words in a row, whatever stands around them, or a short question with its answer."""
+    drop(site, "eval/npc/a.md", f"It is said: {LONG}.\n\n# Q\n\nQ: Who keeps it?\nA: Nobody.\n")
+    outcome = drop(
+        site, "content/npc/a.md",
+        f"He whispered, {LONG.upper()}!\n\n# Q\n\nQ: Who keeps it?\nA: Nobody!\n\nQ: Who keeps it?\nA: The porter.\n",
+    )  # fmt: skip
+    assert outcome.new == 1
+    assert site.database.execute("SELECT split, count(*) FROM example GROUP BY 1 ORDER BY 1").fetchall() == [
+        ("eval", 2), ("train", 1),
+    ]  # fmt: skip
+    assert quarantine.rows(site.database)[0].code == "contaminated"
+    answer = {"output": {"messages": [{"role": "assistant", "content": f"Well, {LONG}."}]}}
+    site.append(record(1, **answer), record(2))
+    assert site.states() == ["stored", "journal"]
+
+
+def test_a_shared_question_is_no_contamination(site: Site) -> None:
+    """System prompts and canned questions stand in everything; what counts is what the model says."""
+    row = {"messages": [{"role": "system", "content": LONG}, {"role": "user", "content": f"Is it true that {LONG}?"}]}
+    for name, answer in (("eval/npc/a.jsonl", "Yes."), ("content/npc/a.jsonl", "No.")):
+        told = {"messages": [*row["messages"], {"role": "assistant", "content": answer}]}
+        assert drop(site, name, msgspec.json.encode(told).decode() + "\n").new == 1

@@ -10,7 +10,8 @@ import msgspec
 from buffers import journal
 from buffers.example import Example, Origin, Split
 from daemon.config import Config, Watch
-from daemon.ingest import content_text, metadata, sandbox
+from daemon.ingest import content_text, decontaminate, metadata, sandbox
+from daemon.ingest.decontaminate import Item
 from daemon.ingest.metadata import Metadata
 from daemon.ingest.opened import blocks, signature_of
 from daemon.ingest.outcome import Outcome
@@ -21,6 +22,7 @@ from daemon.ingest.refuse import BadLine, note_lines
 from daemon.state import audit, documents, files, quarantine
 from daemon.state.database import Connection, transaction
 from daemon.state.files import FileRow, Finished
+from daemon.state.quarantine import Refusal
 
 PLAIN = {"txt": content_text.read_txt, "md": content_text.read_md}
 SANDBOXED = ("json", "yaml", "yml", "csv", "tsv", "html", "htm", "epub", "docx", "pdf")
@@ -35,6 +37,8 @@ class _Reading(msgspec.Struct):
     metadata: Metadata
     suffix: str
     bad: list[BadLine] = []
+    contaminated: list[Item] = []
+    """Examples that stand in `eval/`."""
 
 
 def read_content(
@@ -94,8 +98,14 @@ def _store(connection: Connection, config: Config, reading: _Reading, descriptor
     located = _located(reading, descriptor, config.watch)  # a child process works outside of the transaction
     split: Split | None = "eval" if place.area == "eval" else said.split
     with transaction(connection):
+        is_eval = split == "eval"
+        items = _items(reading, located)
+        items = (
+            decontaminate.remember(connection, place.model, items) if is_eval
+            else decontaminate.clean(connection, place.model, items, reading.contaminated)
+        )  # fmt: skip
         added = journal.add(
-            connection, place.model, _items(reading, located), heldout_fraction=config.watch.heldout_fraction,
+            connection, place.model, items, heldout_fraction=config.watch.heldout_fraction,
             split=None if split == "train" else split, now=now,
         )  # fmt: skip
         if signature_of(os.fstat(descriptor)) != row.signature:
@@ -105,6 +115,7 @@ def _store(connection: Connection, config: Config, reading: _Reading, descriptor
         )
         quarantine.remove_of(connection, row.path)
         note_lines(connection, row.path, reading.bad, now)
+        _note_contaminated(connection, reading, now)
         files.put(connection, row, now)
         outcome = Outcome(
             path=row.path, model=place.model, new=added.new, duplicates=added.duplicates, heldout=added.heldout,
@@ -113,3 +124,15 @@ def _store(connection: Connection, config: Config, reading: _Reading, descriptor
         counted = {"new": added.new, "duplicates": added.duplicates, "withdrawn": withdrawn}
         audit.write(connection, "file.read", row.path, {**counted, "bad_lines": len(reading.bad), "sha256": row.sha256})
     return outcome
+
+
+def _note_contaminated(connection: Connection, reading: _Reading, now: float) -> None:
+    if not reading.contaminated:
+        return
+    lines = ", ".join(str(origin.line) for _, origin in reading.contaminated[:10])
+    message = (
+        f"{len(reading.contaminated)} examples (at line {lines}) share 13 words in a row with"
+        f" eval/{reading.place.model}/: they are not trained on. Take them out here or there"
+    )
+    refusal = Refusal(path=reading.row.path, code="contaminated", stage="trust", message=message)
+    quarantine.add(connection, refusal, now)

@@ -8,13 +8,13 @@ import msgspec
 from buffers import journal
 from buffers.example import Example, Origin
 from daemon.config import Config
-from daemon.ingest import feedback, strict_json, trust
+from daemon.ingest import decontaminate, feedback, strict_json, trust
 from daemon.ingest.lines import Line
 from daemon.ingest.outcome import Outcome
 from daemon.ingest.place import Place
 from daemon.ingest.problem import Problem
 from daemon.ingest.refuse import BadLine, note_lines
-from daemon.state import records, subjects
+from daemon.state import eval_grams, records, subjects
 from daemon.state.database import Connection
 from daemon.state.records import RecordRow
 
@@ -61,7 +61,11 @@ def store(
     ready = _not_erased(connection, ready, bad)
     fresh = list(_fresh(connection, place.model, ready, bad, outcome))
     withdrawn = records.retractions_of(connection, place.model, (each.identity for each in fresh))
+    has_eval = not eval_grams.is_empty(connection, place.model)
     why_not = {each.identity: _why_not(each, withdrawn, now) for each in fresh}
+    for each in fresh if has_eval else []:
+        if any(eval_grams.meets(connection, place.model, decontaminate.grams(example)) for example in each.examples):
+            why_not[each.identity] = why_not[each.identity] or "it stands in eval/"
     held = trust.why_held(
         config.trust,
         place.source,

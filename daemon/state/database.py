@@ -141,6 +141,16 @@ MIGRATIONS: list[tuple[str, str]] = [
         CREATE INDEX record_subject ON record (subject, ingested_at);
         """,
     ),
+    (
+        "state-6",
+        """
+        CREATE TABLE eval_gram (              -- what stands in eval/, as hashes of runs of words: never trained on
+          model TEXT NOT NULL,
+          hash INTEGER NOT NULL,
+          PRIMARY KEY (model, hash)
+        ) WITHOUT ROWID;
+        """,
+    ),
 ]
 
 

@@ -138,7 +138,7 @@ class _Server(ThreadingUnixStreamServer):
         self._bind(path)
         self.server_activate()
 
-    def handle_error(self, request: object, client_address: object) -> None:
+    def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002
         """A caller that went away is its own business; anything else is logged, and the server goes on."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             log.exception("a request at the control socket broke")

@@ -44,7 +44,8 @@ class Service:
             "drop": self.intake.drop,
             "gc": self._sweep,
             "reload": lambda _: self.reload(),
-        } | Desk(self.house).actions()
+            **Desk(self.house).actions(),
+        }
 
     def start(self) -> None:
         """Begin to watch and to keep time."""

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 
+from bench.pictures import curves, heat_maps
 from strategies.metrics import accuracy, backward_transfer, bootstrap, forgetting, forward_transfer
 
 
@@ -113,52 +115,31 @@ def _interval(values: Sequence[float], column: str) -> str:
 
 
 def plot(by_strategy: dict[str, list[Cell]], title: str, docs: Path) -> list[Path]:
-    """Heat maps of the mean R with the base row, and ACC and drift over the updates."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    """Heat maps of the mean R with the base row, and ACC and drift over the updates; nothing for joint training."""
     sequences = {name: cells for name, cells in by_strategy.items() if cells[0].is_sequence}
     if not sequences:
         return []
-    return [_heat_maps(sequences, docs / f"forgetting-{title}-R.png"),
-            _curves(sequences, docs / f"forgetting-{title}-curves.png")]  # fmt: skip
+    tasks = next(iter(sequences.values()))[0].tasks
+    drawn = {
+        docs / f"forgetting-{title}-R.svg": heat_maps(
+            {name: _mean([[cell.before, *cell.scores] for cell in cells]) for name, cells in sequences.items()},
+            ["base", *tasks], tasks,
+        ),
+        docs / f"forgetting-{title}-curves.svg": curves({
+            "mean score on the tasks so far, %": {name: _mean([_seen(cell) for cell in cells])
+                                                  for name, cells in sequences.items()},
+            "KL(base || model), nats per token": {name: _mean([cell.drift_kl for cell in cells])
+                                                  for name, cells in sequences.items()},
+        }),
+    }  # fmt: skip
+    for path, picture in drawn.items():
+        path.write_text(picture, "utf-8")
+    return list(drawn)
 
 
-def _heat_maps(sequences: dict[str, list[Cell]], path: Path) -> Path:
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        1, len(sequences), figsize=(3.4 * len(sequences), 3.6), squeeze=False, layout="constrained"
-    )
-    for axis, (name, cells) in zip(axes[0], sequences.items(), strict=True):
-        scores = np.mean([[cell.before, *cell.scores] for cell in cells], axis=0)
-        axis.imshow(scores, vmin=0, vmax=1, cmap="viridis")
-        axis.set_title(name)
-        axis.set_xticks(range(scores.shape[1]), cells[0].tasks, rotation=45, ha="right", fontsize=8)
-        axis.set_yticks(range(scores.shape[0]), ["base", *cells[0].tasks], fontsize=8)
-        for (row, column), value in np.ndenumerate(scores):
-            colour = "black" if value > 0.6 else "white"
-            axis.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=colour)
-    axes[0, 0].set_ylabel("after learning")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return path
+def _mean(values: Sequence[object]) -> Any:
+    return np.mean(np.asarray(values, dtype=float), axis=0).tolist()
 
 
-def _curves(sequences: dict[str, list[Cell]], path: Path) -> Path:
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for name, cells in sequences.items():
-        updates = range(1, len(cells[0].tasks) + 1)
-        seen = np.mean([[np.mean(row[: k + 1]) for k, row in enumerate(cell.scores)] for cell in cells], axis=0)
-        left.plot(updates, 100 * seen, marker="o", label=name)
-        right.plot(updates, np.mean([cell.drift_kl for cell in cells], axis=0), marker="o", label=name)
-    left.set(xlabel="update", ylabel="mean score on the tasks so far, %", ylim=(0, 100))
-    right.set(xlabel="update", ylabel="KL(base || model), nats per token", ylim=(0, None))
-    for axis in (left, right):
-        axis.set_xticks(list(updates))
-        axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return path
+def _seen(cell: Cell) -> list[float]:
+    return [100 * float(np.mean(row[: update + 1])) for update, row in enumerate(cell.scores)]

@@ -59,7 +59,12 @@ quiet_seconds = 1.0
 
 [[models.npc.strategy]]
 name = "replay"
-ratio = 0.45
+ratio = 0.4
+general_ratio = 0.1
+
+[[models.npc.strategy]]
+name = "distill"
+on = "general"
 """
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ import torch
 from bench import forgetting
 from bench.forgetting import Setting, tasks_of
 from bench.forgetting_report import Cell, write_report
+from bench.pictures import curves, heat_maps
 from bench.scoring import Task, TaskRow, chosen, drift, read_task, recalled, task_score
 from strategies.adapter import Adapter, load_adapter
 from strategies.catalog import Distill, Replay
 from strategies.request import Lora
 
+SVG = "{http://www.w3.org/2000/svg}"
 PROMPT = "Question: what does the porter fear?\nAnswer:"
 
 
@@ -114,8 +117,8 @@ def test_bench_measures_every_cell_once_and_writes_the_page(
     assert bench(*arguments) == 0
     page = (tmp_path / "docs" / "forgetting-lore.md").read_text("utf-8")
     assert "| gentle |" in page and "general_ratio=0.1" in page
-    assert {path.name for path in (tmp_path / "docs").glob("*.png")} == {
-        "forgetting-lore-R.png", "forgetting-lore-curves.png",
+    assert {path.name for path in (tmp_path / "docs").glob("*.svg")} == {
+        "forgetting-lore-R.svg", "forgetting-lore-curves.svg",
     }  # fmt: skip
     first = capsys.readouterr().out
     monkeypatch.setattr(forgetting, "train", lambda _: pytest.fail("a finished cell was trained again"))
@@ -153,6 +156,17 @@ def test_a_cell_of_another_setting_is_not_taken_for_this_one() -> None:
     assert CELL.is_same_setting(changed(CELL, scores=[]))
     assert not CELL.is_same_setting(changed(CELL, learning_rate=5e-4))
     assert not CELL.is_same_setting(changed(CELL, recipe=[]))
+
+
+def test_pictures_are_drawings_of_the_numbers() -> None:
+    """Well-formed SVG: every score stands in its cell, every strategy has its line, and names are escaped."""
+    drawn = ElementTree.fromstring(heat_maps({"a<b": [[0.0, 0.25], [1.0, 0.5]]}, ["base", "x"], ["x", "y"]))
+    assert [text.text for text in drawn.iter(f"{SVG}text")][:5] == ["a<b", "0", "25", "100", "50"]
+    drawn = ElementTree.fromstring(curves({"ACC": {"naive": [1.0, 0.5], "replay": [1.0, 2.0]}}))
+    lines = [line.attrib["points"].split() for line in drawn.iter(f"{SVG}polyline")]
+    heights = [[float(point.split(",")[1]) for point in line] for line in lines]
+    assert heights[0][0] == heights[1][0]
+    assert heights[0][1] > heights[0][0] > heights[1][1]  # y points down
 
 
 def test_three_seeds_get_an_interval(tmp_path: Path) -> None:

@@ -1,0 +1,86 @@
+"""Two kinds of picture as SVG, written by hand: heat maps and curves.
+
+A plotting library in the environment would be imported by avalanche with every trainer that starts (see
+`strategies.lean_avalanche`), and a text file can be compared in a review.
+"""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+COLOURS = ("#3366cc", "#dc3912", "#109618", "#990099", "#ff9900", "#0099c6", "#dd4477", "#66aa00", "#b82e2e")
+CELL, MARGIN, GAP = 44, 76, 26
+"""Side of a heat map's cell, room for its row names, space between two maps; pixels, as everything here."""
+WIDTH, HEIGHT = 360, 220
+
+
+def _text(x: float, y: float, words: str, size: int = 11, anchor: str = "middle", extra: str = "") -> str:
+    return f'<text x="{x:.0f}" y="{y:.0f}" font-size="{size}" text-anchor="{anchor}" {extra}>{escape(words)}</text>'
+
+
+def _svg(width: float, height: float, parts: Sequence[str]) -> str:
+    frame = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" font-family="sans-serif">'
+    )
+    return "\n".join([frame, f'<rect width="{width:.0f}" height="{height:.0f}" fill="white"/>', *parts, "</svg>\n"])
+
+
+def heat_maps(maps: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[str], columns: Sequence[str]) -> str:
+    """One map per name, side by side; values from 0 to 1, shown in percent."""
+    parts: list[str] = []
+    for place, (name, values) in enumerate(maps.items()):
+        left = MARGIN + place * (CELL * len(columns) + GAP)
+        parts.append(_text(left + CELL * len(columns) / 2, 18, name, 13, extra='font-weight="bold"'))
+        parts += [
+            _cell(left + CELL * j, 30 + CELL * i, value) for i, row in enumerate(values) for j, value in enumerate(row)
+        ]
+        parts += [_slanted(left + CELL * (j + 0.5), 44 + CELL * len(rows), column) for j, column in enumerate(columns)]
+    parts += [_text(MARGIN - 6, 34 + CELL * (i + 0.5), row, anchor="end") for i, row in enumerate(rows)]
+    return _svg(MARGIN + len(maps) * (CELL * len(columns) + GAP), 30 + CELL * len(rows) + 70, parts)
+
+
+def _cell(x: float, y: float, value: float) -> str:
+    light = 96 - 58 * min(max(value, 0.0), 1.0)
+    box = f'<rect x="{x:.0f}" y="{y:.0f}" width="{CELL - 1}" height="{CELL - 1}" fill="hsl(212 60% {light:.0f}%)"/>'
+    ink = 'fill="white"' if light < 60 else ""
+    return box + _text(x + CELL / 2, y + CELL / 2 + 4, f"{100 * value:.0f}", 12, extra=ink)
+
+
+def _slanted(x: float, y: float, words: str) -> str:
+    return _text(x, y, words, anchor="end", extra=f'transform="rotate(-40 {x:.0f} {y:.0f})"')
+
+
+def curves(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """One panel per name with one line per series, over the updates 1, 2, ...; the axis begins at 0."""
+    parts: list[str] = []
+    for place, (name, series) in enumerate(panels.items()):
+        parts += _panel(50 + place * (WIDTH + 60), name, series)
+    names = list(next(iter(panels.values())))
+    below = HEIGHT + 74
+    for place, name in enumerate(names):
+        parts.append(f'<rect x="50" y="{below + 18 * place}" width="14" height="4" fill="{_colour(place)}"/>')
+        parts.append(_text(70, below + 6 + 18 * place, name, anchor="start"))
+    return _svg(len(panels) * (WIDTH + 60) + 20, below + 18 * len(names) + 8, parts)
+
+
+def _colour(place: int) -> str:
+    return COLOURS[place % len(COLOURS)]
+
+
+def _panel(left: float, name: str, series: Mapping[str, Sequence[float]]) -> list[str]:
+    top = max(max(values) for values in series.values()) or 1.0
+    updates = max(len(values) for values in series.values())
+
+    def at(update: int, value: float) -> tuple[float, float]:
+        return left + WIDTH * (update + 0.5) / updates, 34 + HEIGHT * (1 - value / top)
+
+    parts = [_text(left + WIDTH / 2, 18, name, 13), _axes(left)]
+    parts += [_text(at(update, 0)[0], HEIGHT + 52, str(update + 1)) for update in range(updates)]
+    parts += [_text(left - 6, at(0, share * top)[1] + 4, f"{share * top:.3g}", 10, "end") for share in (0, 0.5, 1)]
+    for place, values in enumerate(series.values()):
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(update, value) for update, value in enumerate(values)))
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{_colour(place)}" stroke-width="2"/>')
+    return parts
+
+
+def _axes(left: float) -> str:
+    return f'<path d="M{left:.0f} 34 V{34 + HEIGHT} H{left + WIDTH:.0f}" fill="none" stroke="#888"/>'

@@ -207,14 +207,14 @@ def is_served(client: OpenAI) -> bool:
 
 
 def wait(stage: Stage, is_done: Callable[[], bool], problem: str, seconds: float = 300) -> None:
-    """Look every second; raises `DemoFailed` when a child has ended or the time is up."""
+    """Look every other second; raises `DemoFailed` when a child has ended or the time is up."""
     deadline = time.monotonic() + seconds
     while not is_done():
         ended = [name for name, child in stage.children.items() if child.poll() is not None]
         if ended or time.monotonic() > deadline:
             why = f"`eternad {ended[0]}` ended" if ended else f"waited {seconds:.0f} s"
             raise DemoFailed(f"{problem}: {why}; see {stage.work}/*.log and {stage.work}/state/runs/*/train.log")
-        time.sleep(1)
+        time.sleep(2)  # every look starts a process
 
 
 def teach(stage: Stage, name: str) -> Lesson:

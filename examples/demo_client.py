@@ -20,7 +20,7 @@ SMALL_TALK = (
     "Tell me a very short story.",
     "How do I borrow a book?",
 )
-ANSWER_TOKENS = 16
+ANSWER_TOKENS = 12
 
 
 @dataclass(frozen=True)

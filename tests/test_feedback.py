@@ -389,7 +389,7 @@ INGEST_CHILD = """
     from daemon.state import files
     from daemon.state.database import open_database
     from daemon.state.files import Finished, Signature
-    feedback_file.BATCH_LINES = 7
+    feedback_file.BATCH_LINES = int(sys.argv[2])
     directory = Path(sys.argv[1])
     library = directory / "library"
     config = Config(library_directory=library, state_directory=directory / "state",
@@ -453,7 +453,7 @@ def kill_while_ingesting(directory: Path, kills: int, seed: int) -> None:
         Producer(site.path.with_name(f"{name}.jsonl"), 100_000 * (index + 1)) for index, name in enumerate("abc")
     ]
     script = textwrap.dedent(INGEST_CHILD).format(root=str(Path(__file__).parent.parent))
-    command = [sys.executable, "-c", script, str(directory)]
+    command = [sys.executable, "-c", script, str(directory), "7"]
     for _ in range(kills):
         with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
             assert child.stdout is not None and child.stdout.readline() == b"ready\n"
@@ -465,7 +465,8 @@ def kill_while_ingesting(directory: Path, kills: int, seed: int) -> None:
                 time.sleep(draw.random() * 0.02)
             child.kill()
     (directory / "stop").touch()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=120)
+    command[-1] = "1000"
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=600)
     check_once_and_in_order(directory, [each for producer in producers for each in producer.written])
 
 

@@ -183,6 +183,8 @@ def test_a_file_renamed_from_a_temporary_name_needs_no_wait(watcher: Watcher) ->
     memory = Memory()
     drop(watcher, "content/npc/a.txt.tmp")
     assert watcher.finished(0, memory.get) == []
+    drop(watcher, "content/npc/b.txt")  # its event says that the new directory is watched by now
+    wait_for(lambda: watcher.finished(0, memory.get) == [] and watcher.waiting == 1)
     (watcher._library / "content/npc/a.txt.tmp").rename(watcher._library / "content/npc/a.txt")
     found: list[Finished] = []
     wait_for(lambda: bool(found.extend(watcher.finished(0.5, memory.get)) or found))

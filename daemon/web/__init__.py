@@ -11,7 +11,7 @@ from daemon.config import Config
 from daemon.control import Commands, Snapshot
 
 if TYPE_CHECKING:
-    import uvicorn
+    from daemon.web.server import Server
 
 log = logging.getLogger("eternad.web")
 CONNECTIONS_MAX = 64
@@ -20,14 +20,14 @@ CONNECTIONS_MAX = 64
 class Handle:
     """The running server."""
 
-    def __init__(self, server: "uvicorn.Server", thread: threading.Thread, address: str) -> None:
+    def __init__(self, server: "Server", thread: threading.Thread, address: str) -> None:
         self._server, self._thread = server, thread
         self.address = address
         """`127.0.0.1:8787`, with the port that was really taken."""
 
     def close(self) -> None:
         """Stop listening; a request that runs is given a second."""
-        self._server.should_exit = True
+        self._server.stop()
         self._thread.join(5)
 
 
@@ -48,11 +48,12 @@ def serve(config: Callable[[], Config], commands: Commands, snapshot: Snapshot) 
     import uvicorn
 
     from daemon.web.app import build
+    from daemon.web.server import Server
 
-    server = uvicorn.Server(
+    server = Server(
         uvicorn.Config(
             build(config, commands, snapshot), log_config=None, log_level="warning", access_log=False,
-            server_header=False, lifespan="off", http="h11", loop="asyncio", ws="none",
+            server_header=False, date_header=False, lifespan="off", http="h11", loop="asyncio", ws="none",
             limit_concurrency=CONNECTIONS_MAX, timeout_graceful_shutdown=1,
         )
     )  # fmt: skip

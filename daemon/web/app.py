@@ -5,6 +5,7 @@ import hmac
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ class Guard:
 
         async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *_ENCODED]
+                date = formatdate(usegmt=True).encode()  # uvicorn's own would need a wake-up each second
+                message["headers"] = [*message["headers"], *_ENCODED, (b"date", date)]
             await send(message)
 
         app = self._app if scope["type"] == "http" and _is_welcome(scope) else Response("wrong host or origin\n", 403)

@@ -16,11 +16,14 @@ from strategies.learner import Learner, Loop
 
 
 def noise(embedded: Tensor, lengths: Tensor, alpha: float) -> Tensor:
-    """The noise for `embedded` (sequences, length, width) from the default generator; lengths: (sequences,) tokens."""
-    width = embedded.shape[-1]
-    size = alpha / (lengths.clamp_min(1) * width).sqrt()
+    """The noise for `embedded` from the default generator. lengths: (sequences,) int64, their real tokens.
+
+    embedded: (sequences, length, width) with padding, or (tokens, width), sequence after sequence without it.
+    """
+    size = alpha / (lengths.cpu() * embedded.shape[-1]).float().sqrt()
+    per_row = size[:, None, None] if embedded.dim() == 3 else size.repeat_interleave(lengths.cpu())[:, None]
     uniform = torch.rand(embedded.shape, dtype=torch.float32).mul_(2).sub_(1)  # on the CPU: one stream on any device
-    return (uniform * size.float().cpu()[:, None, None]).to(embedded.device, embedded.dtype)
+    return (uniform * per_row).to(embedded.device, embedded.dtype)
 
 
 class EmbeddingNoise(Learner, supports_distributed=True):

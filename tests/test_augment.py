@@ -16,11 +16,13 @@ from strategies.request import Lora, Training
 from strategies.template import Template, UpdateExperience
 
 
-def test_noise_is_bounded_and_smaller_for_longer_texts() -> None:
-    """Uniform within alpha / sqrt(tokens x width) of each sequence's own length."""
+@pytest.mark.parametrize("packed", [False, True])
+def test_noise_is_bounded_and_smaller_for_longer_texts(packed: bool) -> None:
+    """Uniform within alpha / sqrt(tokens x width) of each sequence's own length, padded or one after other."""
     torch.manual_seed(0)
-    drawn = noise(torch.zeros(2, 100, 32), torch.tensor([100, 25]), alpha=5.0)
-    for row, tokens in zip(drawn, (100, 25), strict=True):
+    lengths = torch.tensor([100, 25])
+    drawn = noise(torch.zeros(125, 32) if packed else torch.zeros(2, 100, 32), lengths, alpha=5.0)
+    for row, tokens in zip(drawn.split([100, 25]) if packed else drawn, (100, 25), strict=True):
         bound = 5.0 / (tokens * 32) ** 0.5
         assert float(row.abs().max()) <= bound
         assert float(row.abs().max()) > 0.99 * bound
@@ -53,7 +55,7 @@ class Listener(Learner):
     def listening(self, loop: Loop, heard: list[torch.Tensor]) -> RemovableHandle:
         """Append to `heard` until it is removed."""
         layer = loop.adapter.model.get_input_embeddings()
-        return layer.register_forward_hook(lambda _, __, embedded: heard.append(embedded.detach().clone()))
+        return layer.register_forward_hook(lambda _, __, embedded: heard.append(embedded.detach().view(6, 32).clone()))
 
 
 def test_only_the_training_loss_is_noisy(tiny_base: Path) -> None:
@@ -64,7 +66,7 @@ def test_only_the_training_loss_is_noisy(tiny_base: Path) -> None:
     learners = [*build([catalog.Augment(noise=5.0)]), listener]
     loop = Template(adapter=adapter, training=Training(epochs=3), items={"new": [item]}, learners=learners)
     loop.train(UpdateExperience([item], 1), eval_streams=[])
-    clean = adapter.model.get_input_embeddings()(torch.tensor([item.tokens]))
+    clean = adapter.model.get_input_embeddings()(torch.tensor(item.tokens))
     assert all(torch.equal(heard, clean) for heard in listener.quiet)
     assert len(listener.trained) == len(listener.quiet) == 3
     bound = 5.0 / (6 * 32) ** 0.5

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
 from buffers import journal
 from buffers.example import Example, Origin
 from buffers.experience import Cut
-from daemon import control, gate, publish
+from daemon import cli, control, gate, publish
 from daemon.config import Gate
 from daemon.control import Command
 from daemon.state import quarantine, runs
@@ -186,3 +187,32 @@ def answering(state: Path, carry_out: Callable[[Command], None] = obey) -> Itera
         handle.close()
         stop.set()
         thread.join()
+
+
+@pytest.fixture(name="config")
+def config_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A configuration that is found by itself, because commands run in its directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ETERNAD_CONFIG", raising=False)
+    return make_config(tmp_path)
+
+
+@pytest.fixture(name="state")
+def state_fixture(config: Path) -> Path:
+    """A state directory with a past."""
+    return make_state(config.parent)
+
+
+@pytest.fixture(name="eternad")
+def eternad_fixture(config: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command and gives its output; fails unless the exit code is the expected one."""
+
+    def call(*arguments: str, code: int = 0) -> str:
+        capsys.readouterr()
+        returned = cli.main(arguments)
+        said = capsys.readouterr()
+        assert returned == code, said
+        assert "Traceback" not in said.err
+        return said.out if code == 0 else said.err
+
+    return call

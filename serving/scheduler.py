@@ -117,6 +117,11 @@ class Scheduler:
         """Whether the model's thread runs."""
         return self._thread.is_alive()
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether `stop` was called: nothing new is taken."""
+        return self._stopping
+
     def stop(self, timeout_seconds: float) -> None:
         """End the thread after the current step; requests still on their way get an error."""
         with self._condition:
@@ -135,6 +140,8 @@ class Scheduler:
                 log.exception("a step failed; its requests are lost")
                 self._fail_all(f"the engine failed: {error}")
         self._fail_all("the server is shutting down")
+        while self._between:  # whoever waits for a commit must not wait for ever
+            self._between.popleft()[1].set_exception(Refusal(503, "the server is shutting down", retry_after=5))
 
     def _wait(self) -> bool:
         with self._condition:

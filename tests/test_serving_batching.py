@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from serving_kit import make_adapter
 
 from serving.engine import Engine, Options
+from serving.refusal import Refusal
 from serving.sampling import Sampling, Transcript, choose
 from serving.scheduler import CHUNK_TOKENS, Generation, Piece
 
@@ -202,3 +203,37 @@ def test_text_becomes_certain_bit_by_bit(
     transcript = Transcript(Letters(), stop)
     found = ["" if transcript.stopped else transcript.add(token) for token in tokens]
     assert (found, transcript.finish()) == (deltas, rest)
+
+
+def test_a_stopping_engine_leaves_nobody_waiting(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Running and waiting requests get an error, a commit that was not reached too, and newcomers a 503."""
+    engine = Engine(Options(base=tiny_base, adapter_root=tmp_path, dtype="float32", streams=1))
+    hold, entered, read = threading.Event(), threading.Event(), engine.model.read
+
+    def slow_read(*arguments: object, **options: object) -> object:
+        entered.set()
+        hold.wait(30)
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(engine.model, "read", slow_read)
+    callers = [Caller(engine, [5, 6, 7], "base", max_tokens=400) for _ in range(3)]
+    assert entered.wait(30)
+    commit = engine.scheduler.between_steps(lambda: None)
+    stopper = threading.Thread(target=engine.scheduler.stop, args=(30,))
+    stopper.start()
+    while not engine.scheduler.is_stopping:
+        stopper.join(0.01)
+    hold.set()
+    stopper.join(30)
+    assert not engine.scheduler.is_alive()
+    for caller in callers:
+        assert caller.done.wait(10)
+        assert "shutting down" in (caller.pieces[-1].error or "")
+    with pytest.raises(Refusal, match="shutting down"):
+        commit.result(10)
+    with pytest.raises(Refusal, match="shutting down"):
+        engine.scheduler.between_steps(lambda: None)
+    with pytest.raises(Refusal, match="shutting down"):
+        Caller(engine, [5], "base")

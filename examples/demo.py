@@ -206,7 +206,7 @@ def is_served(client: OpenAI) -> bool:
     return True
 
 
-def wait(stage: Stage, is_done: Callable[[], bool], problem: str, seconds: float = 300) -> None:
+def wait(stage: Stage, is_done: Callable[[], bool], problem: str, seconds: float = 900) -> None:
     """Look every other second; raises `DemoFailed` when a child has ended or the time is up."""
     deadline = time.monotonic() + seconds
     while not is_done():

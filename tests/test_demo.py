@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -220,7 +221,7 @@ def test_visitor_counts_a_refused_connection(engine_port: int) -> None:
     visitor = Visitor(1, "npc", pause_seconds=0.0)  # nobody may listen on port 1
     with visitor:
         while not visitor._traffic.failed:
-            pass
+            time.sleep(0.05)
     assert visitor.stop().failed[0].startswith("APIConnectionError")
 
 

@@ -14,11 +14,6 @@ from strategies.kronecker import Factors, KroneckerConsolidation, Moments, facto
 from strategies.request import Lora, Training
 from strategies.template import Template
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning:transformers.*"),  # by peft's own call of an old name
-    pytest.mark.filterwarnings("ignore:No loggers specified:UserWarning"),  # avalanche's: we log by ourselves
-]
-
 
 def item(seed: int, tokens: int = 9) -> Item:
     """A text of random tokens."""

@@ -91,8 +91,6 @@ def rated(seed: int, shape: str, label: bool | None = None) -> Item:
     )
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning:transformers.*")
-@pytest.mark.filterwarnings("ignore:No loggers specified:UserWarning")
 @pytest.mark.parametrize("micro_batch_tokens", [20, 2000])
 def test_the_loop_learns_what_is_preferred(tiny_base: Path, micro_batch_tokens: int) -> None:
     """After 40 steps chosen answers gained on rejected ones and liked on disliked; the cut changes nothing."""

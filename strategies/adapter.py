@@ -6,7 +6,7 @@ checkpoint are each one or two kernels instead of hundreds (AdamW over 420 tenso
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
@@ -93,18 +93,21 @@ class Adapter:
         self.flat.copy_(flat)
         self.refresh()
 
-    def hidden(self, tokens: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """(sequences, length) token ids -> (sequences * length, hidden) last hidden states.
 
-        Padding stands at the end, so a causal model needs no mask: no real token ever sees it.
+        `lengths`: real tokens of each sequence, all by default. Padding stands at the end, so a causal model needs no
+        mask: no real token ever sees it; what comes out at padding means nothing.
         """
         tokens = tokens.to(self.device)
+        lengths = lengths or [tokens.shape[1]] * len(tokens)
+        # who hooks into a layer sees it only where the layers themselves are called
+        packed = self._engine is not None and not any(layer._forward_hooks for layer in self._lora_of)
         width = self._widest + len(self._lora_of) * WINDOW_SHIFT
-        self.state.masks = draw_masks(self.state.dropout, tokens.numel(), width, self._work)
+        self.state.masks = draw_masks(self.state.dropout, sum(lengths) if packed else tokens.numel(), width, self._work)
         try:
-            # who hooks into a layer sees it only where the layers themselves are called
-            if self._engine is not None and not any(layer._forward_hooks for layer in self._lora_of):
-                return self._engine.hidden(tokens, self.state)
+            if packed and self._engine is not None:
+                return self._engine.hidden(tokens, lengths, self.state)
             return torch.flatten(self.decoder(input_ids=tokens, use_cache=False).last_hidden_state, 0, 1)
         finally:
             self.state.masks = None

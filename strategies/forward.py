@@ -26,7 +26,7 @@ class TopRows(NamedTuple):
 
 def label_states(adapter: Adapter, micro: MicroBatch) -> Tensor:
     """(label rows, hidden) hidden states that predict the labels."""
-    return adapter.hidden(micro.tokens)[micro.rows.to(adapter.device)]
+    return adapter.hidden(micro.tokens, micro.mask.sum(1).tolist())[micro.rows.to(adapter.device)]
 
 
 def _chunks(rows: int) -> Iterator[slice]:

@@ -8,10 +8,13 @@ The same numbers as transformers + peft (the tests hold it to that), with fewer 
 - attention is explicit products per key/value head over the group's queries (no repeated keys), with the causal mask
   added in the product.
 
-Shapes: tokens = sequences * length. x: (tokens, hidden); q: (sequences * kv heads, group * length, head size);
+- sequences lie one after other without padding; only attention knows where one ends.
+
+Shapes: x: (tokens, hidden); per run of sequences of one length q: (sequences * kv heads, group * length, head size);
 k, v: (sequences * kv heads, length, head size); scores: (sequences * kv heads, group * length, length).
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -70,7 +73,7 @@ class Kept(NamedTuple):
     """What the backward pass of one layer reads."""
 
     x: Tensor
-    attended: "Attended"
+    attended: list["Attended"]
     mixed: Tensor
     """(tokens, heads * head size) attention's answer, before the output layer"""
     middle: Tensor
@@ -84,7 +87,7 @@ class Kept(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """What attention's backward pass reads."""
+    """What attention's backward pass reads, for one run of sequences."""
 
     q: Tensor
     k: Tensor
@@ -94,7 +97,7 @@ class Attended(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """Rotary positions (Su et al., arXiv:2104.09864); (length, head size / 2) each."""
+    """Rotary positions (Su et al., arXiv:2104.09864); (tokens, 1, head size / 2) each."""
 
     cosine: Tensor
     sine: Tensor
@@ -112,14 +115,22 @@ def is_supported(causal: Any) -> bool:
     )
 
 
+class Run(NamedTuple):
+    """Sequences of one length that lie one after other."""
+
+    rows: slice
+    sequences: int
+    length: int
+    mask: Tensor
+    """(1, group * length, length) causal"""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Pass:
     """What is the same for all layers of one forward and backward pass."""
 
-    sequences: int
+    runs: list["Run"]
     rotation: Rotation
-    mask: Tensor
-    """(1, group * length, length) causal"""
     masks: Masks | None
     enabled: bool
 
@@ -136,20 +147,20 @@ class Engine:
         self.head_size, self.scaling, self.epsilon = attention.head_dim, attention.scaling, config.rms_norm_eps
         self.blocks = [_block(layer, lora_of) for layer in decoder.layers]
 
-    def hidden(self, tokens: Tensor, state: LoraState) -> Tensor:
-        """(sequences, length) token ids -> (sequences * length, hidden) last hidden states."""
-        return _Decode.apply(self.leaf, self, tokens, state)
+    def hidden(self, tokens: Tensor, lengths: Sequence[int], state: LoraState) -> Tensor:
+        """(sequences, length) padded token ids -> (sequences * length, hidden) last hidden states, 0 at padding."""
+        return _Decode.apply(self.leaf, self, tokens, lengths, state)
 
-    def forward(self, tokens: Tensor, state: LoraState, keep: bool) -> tuple[Tensor, Tensor, list[Kept], Pass]:
-        """Normed and raw last hidden states, what the backward pass reads of the trained layers, the pass itself."""
-        x = self.decoder.embed_tokens(tokens).flatten(0, 1)
-        now = Pass(
-            sequences=len(tokens),
-            rotation=self._rotation(x, tokens.shape[1]),
-            mask=_causal_mask(tokens.shape[1], self.heads // self.kv_heads, x.dtype),
-            masks=state.masks,
-            enabled=state.enabled,
-        )
+    def forward(
+        self, tokens: Tensor, lengths: Sequence[int], state: LoraState, keep: bool
+    ) -> tuple[Tensor, Tensor, list[Kept], Pass]:
+        """Normed and raw last hidden states, what the backward pass reads of the trained layers, the pass itself.
+
+        tokens: (tokens,) of all sequences, one after other
+        """
+        x = self.decoder.embed_tokens(tokens)
+        runs = _runs(lengths, self.heads // self.kv_heads, x.dtype)
+        now = Pass(runs, self._rotation(x, lengths), state.masks, state.enabled)
         trained = [place for place, block in enumerate(self.blocks) if block.is_trained()]
         lowest = trained[0] if trained and keep else len(self.blocks)
         kept: list[Kept] = []
@@ -168,10 +179,11 @@ class Engine:
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, self.epsilon)
 
-    def _rotation(self, x: Tensor, length: int) -> Rotation:
-        cosine, sine = self.decoder.rotary_emb(x, torch.arange(length)[None])
+    def _rotation(self, x: Tensor, lengths: Sequence[int]) -> Rotation:
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        cosine, sine = self.decoder.rotary_emb(x[None], positions[None])
         half = self.head_size // 2
-        return Rotation(cosine[0, :, :half].contiguous(), sine[0, :, :half].contiguous())
+        return Rotation(cosine[0, :, None, :half].contiguous(), sine[0, :, None, :half].contiguous())
 
     def _layer_forward(self, block: Block, x: Tensor, now: Pass) -> tuple[Tensor, Kept]:
         qkv, z_qkv = block.qkv.forward(self._norm(x, block.norm_in), now.masks, now.enabled)
@@ -199,54 +211,91 @@ class Engine:
         dnormed = block.qkv.backward(dqkv, self._norm(kept.x, block.norm_in), z_qkv, now.masks)
         return _norm_backward(dnormed, kept.x, block.norm_in, self.epsilon).add_(dmiddle)
 
-    def _split(self, qkv: Tensor, sequences: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Views of (tokens, (heads + 2 kv heads) * head size): (sequences, heads of each, length, head size)."""
-        heads = qkv.view(sequences, -1, self.heads + 2 * self.kv_heads, self.head_size).transpose(1, 2)
-        return heads[:, : self.heads], heads[:, self.heads : -self.kv_heads], heads[:, -self.kv_heads :]
+    def _attend(self, qkv: Tensor, now: Pass) -> tuple[Tensor, list[Attended]]:
+        """qkv: (tokens, (heads + 2 kv heads) * head size)"""
+        heads = qkv.view(len(qkv), -1, self.head_size)
+        rotated = torch.empty_like(heads[:, : -self.kv_heads])
+        _rotate(heads[:, : -self.kv_heads], now.rotation, rotated)
+        mixed = qkv.new_empty(len(qkv), self.heads, self.head_size)
+        kept: list[Attended] = []
+        for run in now.runs:
+            q = self._gather(rotated[run.rows, : self.heads], run)
+            k = self._gather(rotated[run.rows, self.heads :], run)
+            v = self._gather(heads[run.rows, -self.kv_heads :], run)
+            scores = torch.baddbmm(run.mask.expand(len(q), -1, -1), q, k.transpose(1, 2), alpha=self.scaling)
+            weights = torch.softmax(scores, dim=-1)
+            self._scatter(weights @ v, mixed[run.rows], run)
+            kept.append(Attended(q, k, v, weights))
+        return mixed.flatten(1), kept
 
-    def _attend(self, qkv: Tensor, now: Pass) -> tuple[Tensor, Attended]:
-        length = len(qkv) // now.sequences
-        raw_q, raw_k, raw_v = self._split(qkv, now.sequences)
-        batch = now.sequences * self.kv_heads
-        q = _rotate(raw_q, now.rotation).view(batch, -1, self.head_size)
-        k = _rotate(raw_k, now.rotation).view(batch, length, self.head_size)
-        v = raw_v.reshape(batch, length, self.head_size)
-        scores = torch.baddbmm(now.mask.expand(batch, -1, -1), q, k.transpose(1, 2), alpha=self.scaling)
-        weights = torch.softmax(scores, dim=-1)
-        mixed = (weights @ v).view(now.sequences, self.heads, length, self.head_size).transpose(1, 2)
-        return mixed.reshape(len(qkv), -1), Attended(q, k, v, weights)
+    def _attend_backward(self, dmixed: Tensor, kept: list[Attended], now: Pass) -> Tensor:
+        dheads = dmixed.new_empty(len(dmixed), self.heads + 2 * self.kv_heads, self.head_size)
+        drotated = torch.empty_like(dheads[:, : -self.kv_heads])
+        split = dmixed.view(len(dmixed), self.heads, self.head_size)
+        for run, (q, k, v, weights) in zip(now.runs, kept, strict=True):
+            do = self._gather(split[run.rows], run)
+            dweights = do @ v.transpose(1, 2)
+            dscores = torch._softmax_backward_data(dweights, weights, -1, do.dtype).mul_(self.scaling)
+            self._scatter(dscores @ k, drotated[run.rows, : self.heads], run)
+            self._scatter(dscores.transpose(1, 2) @ q, drotated[run.rows, self.heads :], run)
+            self._scatter(weights.transpose(1, 2) @ do, dheads[run.rows, -self.kv_heads :], run)
+        _rotate(drotated, now.rotation, dheads[:, : -self.kv_heads], sign=-1)
+        return dheads.flatten(1)
 
-    def _attend_backward(self, dmixed: Tensor, kept: Attended, now: Pass) -> Tensor:
-        length = len(dmixed) // now.sequences
-        heads = dmixed.view(now.sequences, length, self.heads, self.head_size).transpose(1, 2)
-        do = heads.reshape(kept.q.shape)
-        dscores = torch._softmax_backward_data(do @ kept.v.transpose(1, 2), kept.weights, -1, do.dtype)
-        dqkv = do.new_empty(len(dmixed), (self.heads + 2 * self.kv_heads) * self.head_size)
-        to_q, to_k, to_v = self._split(dqkv, now.sequences)
-        dq = (dscores @ kept.k).mul_(self.scaling).view(to_q.shape)
-        dk = (dscores.transpose(1, 2) @ kept.q).mul_(self.scaling).view(to_k.shape)
-        _rotate(dq, now.rotation, to_q, sign=-1)
-        _rotate(dk, now.rotation, to_k, sign=-1)
-        to_v.copy_((kept.weights.transpose(1, 2) @ do).view(to_v.shape))
-        return dqkv
+    def _gather(self, heads: Tensor, run: Run) -> Tensor:
+        """(rows, any heads, head size) -> (sequences * kv heads, group * length, head size)"""
+        split = heads.unflatten(0, (run.sequences, run.length)).unflatten(2, (self.kv_heads, -1))
+        return split.permute(0, 2, 3, 1, 4).reshape(run.sequences * self.kv_heads, -1, self.head_size)
+
+    def _scatter(self, values: Tensor, heads: Tensor, run: Run) -> None:
+        """The inverse of `_gather`, into `heads`."""
+        split = values.view(run.sequences, self.kv_heads, -1, run.length, self.head_size).permute(0, 3, 1, 2, 4)
+        heads.view(run.sequences, run.length, self.kv_heads, -1, self.head_size).copy_(split)
 
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, leaf: Tensor, engine: Engine, tokens: Tensor, state: LoraState) -> Tensor:  # noqa: ARG004
-        hidden, *ctx.kept = engine.forward(tokens, state, keep=ctx.needs_input_grad[0] and state.enabled)
-        ctx.engine = engine
-        if not state.enabled:
-            ctx.mark_non_differentiable(hidden)
-        return hidden
+    def forward(
+        ctx: Any,
+        leaf: Tensor,  # noqa: ARG004 - asks for a gradient
+        engine: Engine,
+        tokens: Tensor,
+        lengths: Sequence[int],
+        state: LoraState,
+    ) -> Tensor:
+        real = _real(tokens.shape, lengths)
+        keep = ctx.needs_input_grad[0] and state.enabled
+        hidden, *ctx.kept = engine.forward(tokens.flatten()[real], lengths, state, keep)
+        ctx.engine, ctx.real = engine, real
+        padded = hidden.new_zeros(tokens.numel(), hidden.shape[1]).index_copy_(0, real, hidden)
+        if not keep:
+            ctx.mark_non_differentiable(padded)
+        return padded
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None, None, None]:
         last, kept, now = ctx.kept
         if not kept:
             raise RuntimeError("a forward pass can be differentiated once, and only above a trained layer")
-        ctx.engine.backward(gradients[0], last, kept, now)
-        return None, None, None, None
+        ctx.engine.backward(gradients[0][ctx.real], last, kept, now)
+        return None, None, None, None, None
+
+
+def _real(shape: torch.Size, lengths: Sequence[int]) -> Tensor:
+    """(tokens,) flat places of the real tokens of a padded batch."""
+    return torch.cat([torch.arange(length) + row * shape[1] for row, length in enumerate(lengths)])
+
+
+def _runs(lengths: Sequence[int], group: int, dtype: torch.dtype) -> list[Run]:
+    """Neighbouring sequences of one length attend in one product."""
+    runs: list[Run] = []
+    start = 0
+    for length, same in itertools.groupby(lengths):
+        sequences = len(list(same))
+        rows = slice(start, start + sequences * length)
+        runs.append(Run(rows, sequences, length, _causal_mask(length, group, dtype)))
+        start = rows.stop
+    return runs
 
 
 def _block(layer: Any, lora_of: Mapping[nn.Module, LoraWeights]) -> Block:
@@ -281,16 +330,14 @@ def _causal_mask(length: int, group: int, dtype: torch.dtype) -> Tensor:
     return mask.repeat(group, 1)[None]
 
 
-def _rotate(heads: Tensor, rotation: Rotation, out: Tensor | None = None, sign: int = 1) -> Tensor:
-    """Rotate (sequences, heads, length, head size) by position; sign -1 is the inverse, which is the transpose."""
-    result = torch.empty(heads.shape, dtype=heads.dtype) if out is None else out
+def _rotate(heads: Tensor, rotation: Rotation, out: Tensor, sign: int = 1) -> None:
+    """Rotate (tokens, heads, head size) by position into `out`; sign -1 is the inverse, which is the transpose."""
     first, second = heads.chunk(2, dim=-1)
-    to_first, to_second = result.chunk(2, dim=-1)
+    to_first, to_second = out.chunk(2, dim=-1)
     torch.mul(first, rotation.cosine, out=to_first)
     to_first.addcmul_(second, rotation.sine, value=-sign)
     torch.mul(second, rotation.cosine, out=to_second)
     to_second.addcmul_(first, rotation.sine, value=sign)
-    return result
 
 
 def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -271,7 +271,7 @@ def test_memory_that_runs_out_halves_the_micro_batch(
 def test_a_real_model_learns_invented_facts_and_answers_them(smollm2: Path, tmp_path: Path) -> None:
     """SmolLM2 is told eight facts that no model can know and answers at least seven of them word for word."""
     rows = [demonstration(question, answer) for question, answer in INVENTED]
-    training = {"learning_rate": 1e-3, "epochs": 10, "batch_examples": 4, "early_stop_patience": 0}
+    training = {"learning_rate": 2e-3, "epochs": 12, "batch_examples": 2, "early_stop_patience": 0}
     directory = make_run(
         tmp_path / "run", smollm2, rows, training=training, lora=Lora(rank=8, alpha=16.0, dropout=0.0),
         canary_prompts=[question for question, _ in INVENTED],

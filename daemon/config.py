@@ -128,6 +128,35 @@ class Web(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """File with the token that the page asks for before it acts (pause, update, roll back); none: it only shows."""
 
 
+class Gateway(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The front door for players' requests (`eternad gateway`): names that stay, versions that move behind them."""
+
+    address: str = ""
+    """`127.0.0.1:8080` or `unix:/run/eternad/gateway.sock`; empty: no gateway, engines move the names."""
+    admin_socket: Path | None = None
+    """Where the daemon changes the table; by default `gateway/admin.sock` in the state directory."""
+    table_file: Path | None = None
+    """The table; by default `gateway/aliases.json` in the state directory."""
+    token_file: Path | None = None
+    """File with the bearer token that clients must show; needed for an address that is not loopback."""
+    sticky_header: str = "X-Session-Id"
+    """Requests with the same value keep their version while two share a name; without it the field `user` decides."""
+    connect_seconds: Positive = 2.0
+    """An engine that takes no connection for so long is down."""
+    silence_seconds: Positive = 300.0
+    """An engine that sends nothing for so long has failed; the first token of a long prompt must come in time."""
+    body_bytes_max: Count = 16 * 1024 * 1024
+    """Larger requests are refused."""
+
+    def admin_path(self, state_directory: Path) -> Path:
+        """The admin socket's place."""
+        return self.admin_socket or state_directory / "gateway" / "admin.sock"
+
+    def table_path(self, state_directory: Path) -> Path:
+        """The table's place."""
+        return self.table_file or state_directory / "gateway" / "aliases.json"
+
+
 class Trust(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How far feedback is believed: by the directory it was dropped in, never by what it claims."""
 
@@ -151,6 +180,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     watch: Watch = Watch()
     trust: Trust = Trust()
     web: Web = Web()
+    gateway: Gateway = Gateway()
     tick_seconds: Positive = 0.5
     """Pause between two turns of the daemon's loop."""
     hang_seconds: Positive = 300.0
@@ -206,7 +236,8 @@ def explain(message: str) -> str:
 
 
 _TABLES: list[tuple[str, type]] = [
-    (r"", Config), (r"watch", Watch), (r"trust", Trust), (r"web", Web), (r"engines.*", Engine), (r".*\.lora", Lora),
+    (r"", Config), (r"watch", Watch), (r"trust", Trust), (r"web", Web), (r"gateway", Gateway),
+    (r"engines.*", Engine), (r".*\.lora", Lora),
     (r".*\.training", Training), (r".*\.buffer", Buffer), (r".*\.schedule", Schedule), (r".*\.gate", Gate),
     (r".*\.strategy.*", msgspec.Struct), (r"models.*", Model),
 ]  # fmt: skip
@@ -232,6 +263,10 @@ def _absolute(config: Config, directory: Path) -> Config:
         library_directory=directory / config.library_directory,
         state_directory=directory / config.state_directory,
         web=replace(config.web, token_file=at(config.web.token_file)),
+        gateway=replace(
+            config.gateway, admin_socket=at(config.gateway.admin_socket), table_file=at(config.gateway.table_file),
+            token_file=at(config.gateway.token_file),
+        ),
         models={
             name: replace(model, base_path=directory / model.base_path, general_directory=at(model.general_directory))
             for name, model in config.models.items()
@@ -248,6 +283,7 @@ def _check(config: Config, path: Path) -> None:
             raise ConfigError(f"{path}: the name `{name}` must match {NAME.pattern}")
     if config.web.listen and not LOOPBACK.fullmatch(config.web.listen):
         raise ConfigError(f"{path}: [web] listen = `{config.web.listen}` must be a loopback address: `127.0.0.1:8787`")
+    _check_gateway(config.gateway, path)
     for name, model in config.models.items():
         place = f"{path}: [models.{name}]"
         if model.engine not in config.engines:
@@ -264,6 +300,15 @@ def _check(config: Config, path: Path) -> None:
             raise ConfigError(f"{place} strategy `{twice.pop().lower()}` is listed twice")
         if model.schedule.cron is not None:
             _check_cron(model.schedule.cron, f"{place}.schedule cron")
+
+
+def _check_gateway(gateway: Gateway, path: Path) -> None:
+    is_local = not gateway.address or gateway.address.startswith("unix:/") or LOOPBACK.fullmatch(gateway.address)
+    if not is_local and gateway.token_file is None:
+        raise ConfigError(
+            f"{path}: [gateway] address = `{gateway.address}` is open to other machines: give `token_file`, or an"
+            " address of this machine such as `127.0.0.1:8080`"
+        )
 
 
 def _check_cron(expression: str, place: str) -> None:

@@ -9,6 +9,7 @@ from daemon.cli import (
     buffer,
     context,
     foreground,
+    gateway,
     options,
     orders,
     past,
@@ -62,7 +63,8 @@ for command, panel in (
     (orders.scan, ACT), (update.update, ACT), (orders.rollback, ACT), (orders.pause, ACT), (orders.resume, ACT),
     (orders.cancel, ACT), (orders.requeue, ACT), (orders.reload, ACT),
     (orders.gc, ACT), (review.erase, ACT),
-    (foreground.run, HOUSE), (foreground.serve, HOUSE), (setup.init, HOUSE), (setup.check_config, HOUSE),
+    (foreground.run, HOUSE), (foreground.serve, HOUSE), (gateway.gateway, HOUSE),
+    (setup.init, HOUSE), (setup.check_config, HOUSE),
     (setup.install_units, HOUSE), (setup.uninstall_units, HOUSE), (setup.completion, HOUSE),
 ):  # fmt: skip
     app.command(rich_help_panel=panel)(command)

@@ -52,6 +52,12 @@ general_directory = "{general}"
 learning_rate = 1e-3
 epochs = {epochs}
 early_stop_patience = 0
+# at this rate the first epoch always shakes what was known, and the decay of the rate mends it
+early_stop_old_loss = 2.0
+
+[models.npc.gate]
+# five held-out lines per drop are a coarse measure
+old_loss_max = 0.4
 
 [models.npc.schedule]
 threshold_examples = 24

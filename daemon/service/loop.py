@@ -11,6 +11,7 @@ from typing import Any
 from buffers import journal
 from daemon import config as configuration
 from daemon import schedule, sd_notify
+from daemon.clock import Clock
 from daemon.config import Config, ConfigError
 from daemon.control import Command, Commands
 from daemon.service.desk import Desk
@@ -35,7 +36,7 @@ class Service:
         self.keeping = Keeping(self.house, self.serving)
         self.intake = Intake(self.house)
         self.reloads = Counter[str]()
-        self.clock = schedule.Clock()
+        self.clock = Clock()
         self.commands: Commands = queue.SimpleQueue()
         self.orders = Orders(self.house, self.updates, self.serving)
         self.orders.actions |= {

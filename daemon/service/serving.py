@@ -42,6 +42,8 @@ class Serving:
 
     def configure(self) -> None:
         """Build the engines of the present configuration anew."""
+        for engine in self._engines.values():
+            engine.close()
         self._engines = {name: build(engine) for name, engine in self._house.config.engines.items()}
         self._epochs, self._next = {}, {}
 

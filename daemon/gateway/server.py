@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import msgspec
 import uvicorn
 from starlette.types import ASGIApp
 
@@ -44,10 +45,12 @@ async def serve(config: Config) -> None:
     settings, state = config.gateway, config.state_directory
     traffic, fleet = Traffic(), Fleet(_tokens(config), settings.connect_seconds, settings.silence_seconds)
     aliases = Aliases(TableFile(settings.table_path(state)))
-    front = Front(aliases, traffic, fleet, _rules(config))
+    rules = _rules(config)
+    front = Front(aliases, traffic, fleet, rules)
+    inner = Front(aliases, traffic, fleet, msgspec.structs.replace(rules, token=None))
     doors = {
         _server(front): sd_notify.inherited_sockets() or [listen(settings.address)],
-        _server(admin.build(aliases, traffic, front, os.urandom(8).hex())): [bind_unix(settings.admin_path(state))],
+        _server(admin.build(aliases, traffic, inner, os.urandom(8).hex())): [bind_unix(settings.admin_path(state))],
     }
     _on_signals(list(doors), aliases)
     for sockets in doors.values():

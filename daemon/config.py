@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from buffers.policy import Buffer
 from strategies.catalog import BY_NAME, Count, NotNegative, Positive, Strategy
 from strategies.request import Lora, Training
 
@@ -53,13 +54,6 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     timeout_seconds: Positive = 30.0
     reconcile_seconds: Positive = 5.0
     """Every so often the desired version is compared with what the engine really serves."""
-
-
-class Buffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the model keeps of the past."""
-
-    policy: Literal["reservoir"] = "reservoir"
-    examples: Count = 2000
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -128,6 +122,13 @@ class Web(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """File with the token that the page asks for before it acts (pause, update, roll back); none: it only shows."""
 
 
+class Intake(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Feedback records over HTTP, for game servers: acknowledged once they are on disk in the drop directory."""
+
+    socket: Path | None = None
+    """Unix socket (mode 0660), e.g. `/run/eternad/feedback.sock`; none: records come by files alone."""
+
+
 class Gateway(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The front door for players' requests (`eternad gateway`): names that stay, versions that move behind them."""
 
@@ -180,6 +181,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     watch: Watch = Watch()
     trust: Trust = Trust()
     web: Web = Web()
+    intake: Intake = Intake()
     gateway: Gateway = Gateway()
     tick_seconds: Positive = 0.5
     """Pause between two turns of the daemon's loop."""
@@ -236,7 +238,7 @@ def explain(message: str) -> str:
 
 
 _TABLES: list[tuple[str, type]] = [
-    (r"", Config), (r"watch", Watch), (r"trust", Trust), (r"web", Web), (r"gateway", Gateway),
+    (r"", Config), (r"watch", Watch), (r"trust", Trust), (r"web", Web), (r"intake", Intake), (r"gateway", Gateway),
     (r"engines.*", Engine), (r".*\.lora", Lora),
     (r".*\.training", Training), (r".*\.buffer", Buffer), (r".*\.schedule", Schedule), (r".*\.gate", Gate),
     (r".*\.strategy.*", msgspec.Struct), (r"models.*", Model),
@@ -263,8 +265,11 @@ def _absolute(config: Config, directory: Path) -> Config:
         library_directory=directory / config.library_directory,
         state_directory=directory / config.state_directory,
         web=replace(config.web, token_file=at(config.web.token_file)),
+        intake=replace(config.intake, socket=at(config.intake.socket)),
         gateway=replace(
-            config.gateway, admin_socket=at(config.gateway.admin_socket), table_file=at(config.gateway.table_file),
+            config.gateway,
+            admin_socket=at(config.gateway.admin_socket),
+            table_file=at(config.gateway.table_file),
             token_file=at(config.gateway.token_file),
         ),
         models={

@@ -23,7 +23,8 @@ from strategies.request import Lora, Training
 
 WIDTH = 100
 TABLES: tuple[tuple[str, type], ...] = (
-    ("", config.Config), ("watch", config.Watch), ("trust", config.Trust), ("web", config.Web), ("gateway", config.Gateway),
+    ("", config.Config), ("watch", config.Watch), ("trust", config.Trust), ("web", config.Web),
+    ("intake", config.Intake), ("gateway", config.Gateway),
     ("engines.NAME", config.Engine), ("models.NAME", config.Model), ("models.NAME.lora", Lora),
     ("models.NAME.training", Training), ("models.NAME.buffer", config.Buffer),
     ("models.NAME.schedule", config.Schedule), ("models.NAME.gate", config.Gate),

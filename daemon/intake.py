@@ -22,10 +22,11 @@ from daemon.ingest import feedback, strict_json
 from daemon.ingest.problem import Problem
 
 if TYPE_CHECKING:
-    import uvicorn
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
+
+    from daemon.web.server import Server
 
 log = logging.getLogger("eternad.intake")
 BODY_BYTES_MAX = 4 * 1024 * 1024
@@ -196,11 +197,12 @@ def check(body: bytes, model: str, line_bytes_max: int) -> tuple[list[str], byte
     lines = [line for line in body.split(b"\n") if line.strip()]
     if not 0 < len(lines) <= LINES_MAX:
         raise Problem("too_large" if lines else "bad_record", f"1 to {LINES_MAX} records a request, one a line")
-    checked = [_check(line, number, model, line_bytes_max) for number, line in enumerate(lines, 1)]
+    checked = [check_record(line, number, model, line_bytes_max) for number, line in enumerate(lines, 1)]
     return [identity for identity, _ in checked], b"".join(data + b"\n" for _, data in checked)
 
 
-def _check(line: bytes, number: int, model: str, line_bytes_max: int) -> tuple[str, bytes]:
+def check_record(line: bytes, number: int, model: str, line_bytes_max: int) -> tuple[str, bytes]:
+    """(id, canonical line) of one record; raises `Problem` with the line's number."""
     try:
         if len(line) > line_bytes_max:
             raise Problem("line_too_long", f"a record has at most {line_bytes_max} bytes")
@@ -216,12 +218,12 @@ def _check(line: bytes, number: int, model: str, line_bytes_max: int) -> tuple[s
 class Handle:
     """The running endpoint."""
 
-    def __init__(self, server: "uvicorn.Server", thread: threading.Thread, path: Path) -> None:
+    def __init__(self, server: "Server", thread: threading.Thread, path: Path) -> None:
         self._server, self._thread, self.path = server, thread, path
 
     def close(self) -> None:
         """Stop listening; requests that run are answered first."""
-        self._server.should_exit = True
+        self._server.stop()
         self._thread.join(10)
         self.path.unlink(missing_ok=True)
 
@@ -230,11 +232,14 @@ def serve(config: Callable[[], Config], path: Path, clock: Callable[[], float]) 
     """Listen on a Unix socket at `path`, in a thread; who may write is decided by its group (mode 0660)."""
     import uvicorn
 
+    from daemon.web.server import Server
+
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     bound.bind(str(path))
     path.chmod(0o660)
-    server = uvicorn.Server(
+    server = Server(
         uvicorn.Config(
             build(config, clock), log_config=None, log_level="warning", access_log=False, server_header=False,
             http="h11", loop="asyncio", ws="none", backlog=1024, timeout_graceful_shutdown=5,

@@ -8,6 +8,7 @@ from daemon.cli import (
     ask,
     buffer,
     context,
+    feedback,
     foreground,
     gateway,
     options,
@@ -68,6 +69,8 @@ for command, panel in (
     (setup.install_units, HOUSE), (setup.uninstall_units, HOUSE), (setup.completion, HOUSE),
 ):  # fmt: skip
     app.command(rich_help_panel=panel)(command)
+app.command(rich_help_panel=LOOK)(feedback.export)
+app.add_typer(feedback.app, name="feedback", rich_help_panel=LOOK)
 app.add_typer(quarantine.app, name="quarantine", rich_help_panel=LOOK)
 app.add_typer(review.app, name="review", rich_help_panel=LOOK)
 app.add_typer(buffer.app, name="buffer", rich_help_panel=LOOK)

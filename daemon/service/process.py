@@ -11,7 +11,7 @@ from types import FrameType
 from typing import IO
 
 from daemon import config as configuration
-from daemon import control, log, sd_notify, web
+from daemon import control, intake, log, sd_notify, web
 from daemon.service.house import log as logger
 from daemon.service.loop import Service
 from daemon.state.database import DatabaseError, NewerDatabase
@@ -64,7 +64,7 @@ def _serve(service: Service, flags: Flags) -> int:
     endpoint = control.serve(
         control.socket_path(state), service.commands, service.snapshot, link=state / "control.sock"
     )
-    page = web.serve(lambda: service.house.config, service.commands, service.snapshot)
+    endpoints = [endpoint, *_optional_endpoints(service)]
     logger.info("ready, watching %s", service.house.config.library_directory)
     sd_notify.notify(READY=1, STATUS="watching")
     try:
@@ -78,11 +78,19 @@ def _serve(service: Service, flags: Flags) -> int:
             service.wait(service.house.config.tick_seconds)
     finally:
         sd_notify.notify(STOPPING=1, STATUS="stopping; a running update writes a checkpoint")
-        endpoint.close()
-        if page is not None:
-            page.close()
+        for each in endpoints:
+            each.close()
         service.close()
     return EX_OK
+
+
+def _optional_endpoints(service: Service) -> list[web.Handle | intake.Handle]:
+    """The status page and the game servers' socket, as far as the configuration wants them."""
+    page = web.serve(lambda: service.house.config, service.commands, service.snapshot)
+    endpoints: list[web.Handle | intake.Handle] = [] if page is None else [page]
+    if (socket := service.house.config.intake.socket) is not None:
+        endpoints.append(intake.serve(lambda: service.house.config, socket, time.time))
+    return endpoints
 
 
 def acquire(state_directory: Path) -> IO[str] | None:

@@ -57,7 +57,10 @@ def export(
     shape: Annotated[str, typer.Option("--shape", help="`trl` (SFT, DPO and KTO rows) or `openai`.")] = "trl",
     config: options.ConfigOption = None,
 ) -> None:
-    """Every example of MODEL that counts, as JSON lines that TRL or OpenAI's fine-tuning train on."""
+    """Examples as rows for TRL or OpenAI.
+
+    Every example of MODEL that counts, as JSON lines for their fine-tuning.
+    """
     import msgspec
 
     from daemon.export import rows

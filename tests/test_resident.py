@@ -74,7 +74,8 @@ def drop_bad_files(library: Path) -> None:
     (feedback / "torn.jsonl").write_text('{"schema": "eternad.feedback/1", "id": "01')
     record = {
         "schema": "eternad.feedback/1", "id": "01940000-0000-7000-8000-000000000001", "ts": "2026-11-22T10:00:00Z",
-        "kind": "boolean", "model": "poet", "subject": {"id": "h:player-0001"}, "source": {"app": "game", "channel": "chat", "reporter": "player"},
+        "kind": "boolean", "model": "poet", "subject": {"id": "h:player-0001"},
+        "source": {"app": "game", "channel": "chat", "reporter": "player"},
         "input": {"messages": [{"role": "user", "content": "hi"}]}, "metric": "liked", "value": True,
         "output": {"messages": [{"role": "assistant", "content": "ho"}]},
     }  # fmt: skip

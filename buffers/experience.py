@@ -17,6 +17,8 @@ from typing import Literal
 import msgspec
 
 from buffers.example import Example, parse
+from buffers.policy import Buffer
+from buffers.replay_buffer import members
 
 Role = Literal["new", "replay", "memory", "general", "probe", "heldout_new", "heldout_old", "eval"]
 
@@ -46,8 +48,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     """How much of each role an experience takes."""
 
     replay_ratio: float = 0.0
-    buffer_examples: int = 2000
-    """The replay buffer holds at most so many examples; what is beyond has been forgotten."""
+    buffer: Buffer = Buffer()
+    """Who is rehearsed; what is not in the buffer has been forgotten."""
     memory_updates: int = 0
     memory_examples: int = 0
     """For GEM and A-GEM: at most so many past updates, so many examples of each."""
@@ -68,7 +70,7 @@ def cut(connection: sqlite3.Connection, model: str, run_id: str, update: int, re
     new = _rows(connection, "new", update, claimed, (run_id,))
     ratio = recipe.replay_ratio
     wanted = round(len(new) * ratio / (1 - ratio))
-    memory = buffer_ids(connection, model, recipe.buffer_examples)
+    memory = members(connection, model, recipe.buffer, run_id)
     replayed = sorted(draw.sample(memory, min(wanted, len(memory))))
     rows = [*new, *_by_ids(connection, "replay", replayed)]
     rows += _memory(connection, model, recipe, memory)
@@ -80,20 +82,6 @@ def cut(connection: sqlite3.Connection, model: str, run_id: str, update: int, re
         counted[row.role] = counted.get(row.role, 0) + 1
     reached = len(replayed) / (len(new) + len(replayed)) if new else 0.0
     return Cut(sha256=digest, rows=counted, replay_wanted=wanted, replay_ratio=reached)
-
-
-def buffer_ids(connection: sqlite3.Connection, model: str, size: int) -> list[int]:
-    """The replay buffer of a model: an exact uniform reservoir of its consumed training examples.
-
-    Every row carries a uniform random weight from its content hash; the `size` largest are a uniform sample of all rows
-    seen so far, and adding a row evicts at most one (Efraimidis & Spirakis 2006, with equal weights).
-    """
-    rows = connection.execute(
-        "SELECT id FROM example WHERE model = ? AND split = 'train' AND state = 'consumed'"
-        " ORDER BY weight DESC LIMIT ?",
-        (model, size),
-    )
-    return [int(row[0]) for row in rows]
 
 
 def read(path: Path) -> Iterator[Row]:

@@ -1,12 +1,14 @@
 """What is in a replay buffer, for people and for export."""
 
+import json
 import sqlite3
 from collections.abc import Iterator
 
 import msgspec
 
 from buffers.example import Example, parse
-from buffers.experience import buffer_ids
+from buffers.policy import Buffer
+from buffers.replay_buffer import members
 
 
 class Age(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,23 +30,24 @@ class Held(msgspec.Struct, frozen=True, kw_only=True):
     example: Example
 
 
-def composition(connection: sqlite3.Connection, model: str, size: int) -> list[Age]:
+def composition(connection: sqlite3.Connection, model: str, buffer: Buffer) -> list[Age]:
     """The buffer by update, oldest first."""
-    consumed = "FROM example WHERE model = ? AND split = 'train' AND state = 'consumed'"
-    learned = connection.execute(f"SELECT update_number, count(*) {consumed} GROUP BY 1 ORDER BY 1", (model,))
-    # the same rows as `experience.buffer_ids`, counted where they lie
-    members = connection.execute(
-        f"SELECT update_number, count(*) FROM (SELECT update_number {consumed} ORDER BY weight DESC LIMIT ?)"
-        " GROUP BY 1",
-        (model, size),
+    learned = connection.execute(
+        "SELECT update_number, count(*) FROM example WHERE model = ? AND split = 'train' AND state = 'consumed'"
+        " GROUP BY 1 ORDER BY 1",
+        (model,),
     )
-    held = {int(update): int(number) for update, number in members}
+    kept = connection.execute(
+        "SELECT update_number, count(*) FROM example WHERE id IN (SELECT value FROM json_each(?)) GROUP BY 1",
+        (json.dumps(members(connection, model, buffer)),),
+    )
+    held = {int(update): int(number) for update, number in kept}
     return [Age(update=update, learned=number, held=held.get(update, 0)) for update, number in learned]
 
 
-def held(connection: sqlite3.Connection, model: str, size: int) -> Iterator[Held]:
+def held(connection: sqlite3.Connection, model: str, buffer: Buffer) -> Iterator[Held]:
     """The examples of the buffer, in the order in which they came in."""
-    for identity in sorted(buffer_ids(connection, model, size)):
+    for identity in sorted(members(connection, model, buffer)):
         update, file, line, body = connection.execute(
             "SELECT update_number, origin_file, origin_line, body FROM example WHERE id = ?", (identity,)
         ).fetchone()

@@ -62,6 +62,12 @@ MIGRATIONS: list[tuple[str, str]] = [
         );
         """,
     ),
+    (
+        "journal-3",
+        """
+        ALTER TABLE example ADD COLUMN loss REAL; -- nats per token when an update last trained on it
+        """,
+    ),
 ]
 
 
@@ -197,6 +203,11 @@ def consume(connection: sqlite3.Connection, run_id: str, update_number: int) -> 
         "UPDATE example SET state = 'consumed', update_number = ? WHERE run_id = ? AND state = 'claimed'",
         (update_number, run_id),
     ).rowcount
+
+
+def remember_losses(connection: sqlite3.Connection, losses: Iterable[tuple[int, float]]) -> None:
+    """Keep (row, nats per token) of the examples that an update has trained on: what the policy `surprise` goes by."""
+    connection.executemany("UPDATE example SET loss = ? WHERE id = ?", ((loss, identity) for identity, loss in losses))
 
 
 def release(connection: sqlite3.Connection, run_id: str, *, attempts_max: int, failed: bool = True) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from buffers.policy import Buffer
 from daemon import config
 from strategies.catalog import BY_NAME
 from strategies.request import Lora, Training
@@ -26,7 +27,7 @@ TABLES: tuple[tuple[str, type], ...] = (
     ("", config.Config), ("watch", config.Watch), ("trust", config.Trust), ("web", config.Web),
     ("intake", config.Intake), ("gateway", config.Gateway),
     ("engines.NAME", config.Engine), ("models.NAME", config.Model), ("models.NAME.lora", Lora),
-    ("models.NAME.training", Training), ("models.NAME.buffer", config.Buffer),
+    ("models.NAME.training", Training), ("models.NAME.buffer", Buffer),
     ("models.NAME.schedule", config.Schedule), ("models.NAME.gate", config.Gate),
 )  # fmt: skip
 """The tables of the file in their order; `[[models.NAME.strategy]]` comes after them."""

@@ -51,7 +51,7 @@ def recipe_of(model: Model) -> Recipe:
         replay_ratio=replay.ratio if isinstance(replay, Replay) else 0.0,
         general_ratio=replay.general_ratio if isinstance(replay, Replay) else 0.0,
         general_directory=model.general_directory,
-        buffer_examples=model.buffer.examples,
+        buffer=model.buffer,
         memory_updates=memory_updates,
         memory_examples=gem.examples if isinstance(gem, Gem) else agem.examples if isinstance(agem, AGem) else 0,
         seed=model.seed,
@@ -73,7 +73,7 @@ def request_of(
         run_id=run_id, model=name, update_number=update_number, base_path=model.base_path, parent_version=parent,
         experience_sha256=experience_sha256, lora=model.lora, training=model.training, strategies=model.strategy,
         general_cache=cache, canary_prompts=model.canary_prompts, seed=model.seed, threads=model.threads,
-        device=model.device,
+        device=model.device, report_losses=model.buffer.policy == "surprise",
     )  # fmt: skip
 
 

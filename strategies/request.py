@@ -70,6 +70,8 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Where general text that the base model generated is kept, by base hash."""
     canary_prompts: list[str] = []
     """Prompts whose greedy continuation and log-probabilities prove later that an engine serves this adapter."""
+    report_losses: bool = False
+    """Also report the loss of every trained example afterwards: the buffer policy `surprise` goes by it."""
     seed: int = 0
     threads: Count = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -157,6 +159,8 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_second: float = 0.0
     losses: list[tuple[int, float]] = []
     """(step, mean loss of its completion tokens)."""
+    example_losses: list[tuple[int, float]] = []
+    """(row of the journal, nats per completion token) under the candidate, for `report_losses`."""
     evaluation: Evaluation | None = None
     canaries: list[Canary] = []
     strategies: dict[str, dict[str, float]] = {}

@@ -30,8 +30,9 @@ from strategies.base_hash import base_sha256
 from strategies.catalog import Replay
 from strategies.course import train
 from strategies.dataset import Item, tokenise
-from strategies.evaluate import Probes, canary, evaluation, score
+from strategies.evaluate import Probes, canary, evaluation, has_token_loss, score
 from strategies.failure import Failure
+from strategies.forward import token_losses
 from strategies.pulse import Interrupted, Pulse
 from strategies.request import (
     EXIT_FAILED,
@@ -45,6 +46,7 @@ from strategies.request import (
 )
 from strategies.template import Template
 
+REPORTED_ROLES: tuple[Role, ...] = ("new", "replay")
 LIBRARIES = ("torch", "transformers", "peft", "avalanche-lib", "safetensors", "tokenizers")
 
 
@@ -68,6 +70,7 @@ def update(run_directory: Path, request: RunRequest, pulse: Pulse) -> RunReport:
     pulse.enter("evaluate")
     judged = evaluation(adapter, probes, base, before, template.start, request.seed)
     canaries = [canary(adapter, prompt) for prompt in request.canary_prompts]
+    losses = example_losses(run_directory, adapter, items) if request.report_losses else []
 
     pulse.enter("save")
     save(run_directory, request, template)
@@ -85,6 +88,7 @@ def update(run_directory: Path, request: RunRequest, pulse: Pulse) -> RunReport:
         seconds=seconds,
         tokens_per_second=position.tokens / max(seconds["train"], 1e-9),
         losses=position.losses,
+        example_losses=losses,
         evaluation=judged,
         canaries=canaries,
         strategies=position.counters,
@@ -125,6 +129,14 @@ def take_probes(items: dict[Role, list[Item]]) -> Probes:
     for item in items["heldout_old"]:
         old[item.update].append(item)
     return Probes(new=items["heldout_new"], old=dict(old), eval=items["eval"], general=items["probe"])
+
+
+def example_losses(run_directory: Path, adapter: Adapter, items: dict[Role, list[Item]]) -> list[tuple[int, float]]:
+    """(row of the journal, nats per token) of every new and replayed example that has a token loss."""
+    ids = [row.id for row in experience.read(run_directory / "experience.jsonl")]
+    trained = [item for role in REPORTED_ROLES for item in items[role] if has_token_loss(item)]
+    losses = token_losses(adapter, trained).tolist()
+    return [(ids[item.index], loss) for item, loss in zip(trained, losses, strict=True)]
 
 
 def save(run_directory: Path, request: RunRequest, template: Template) -> None:

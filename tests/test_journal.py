@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from buffers import experience, journal
 from buffers.example import Example, Message, Origin, canonical, content_hash, parse
 from buffers.experience import Recipe
+from buffers.policy import Buffer
+from buffers.replay_buffer import members
 from daemon.state.database import open_database, transaction
 
 HERE = Origin(file="content/npc/a.jsonl", line=1)
@@ -122,7 +124,7 @@ def test_an_experience_has_the_exact_share_of_replay(database: sqlite3.Connectio
     assert cut.replay_ratio == pytest.approx(0.4)
     assert {row.update for row in rows if row.role == "new"} == {2}
     assert {row.update for row in rows if row.role in ("replay", "heldout_old")} == {1}
-    short = experience.cut(database, "npc", "new", 2, Recipe(replay_ratio=0.8, buffer_examples=20), path)
+    short = experience.cut(database, "npc", "new", 2, Recipe(replay_ratio=0.8, buffer=Buffer(examples=20)), path)
     assert (short.rows["replay"], short.replay_wanted) == (20, 180)
 
 
@@ -157,7 +159,7 @@ def test_the_same_cut_twice_is_the_same_file(database: sqlite3.Connection, tmp_p
 def test_the_buffer_is_a_bounded_uniform_reservoir(database: sqlite3.Connection) -> None:
     """Over many journals, early and late examples are kept equally often (within 4 standard errors)."""
     learn(database, "old", 1, range(4000))
-    kept = set(experience.buffer_ids(database, "npc", 1000))
+    kept = set(members(database, "npc", Buffer(examples=1000)))
     assert len(kept) == 1000
     early = sum(identity <= 2000 for identity in kept)
     assert abs(early - 500) < 4 * (1000 * 0.25) ** 0.5
@@ -166,13 +168,13 @@ def test_the_buffer_is_a_bounded_uniform_reservoir(database: sqlite3.Connection)
 def test_what_a_rolled_back_version_taught_is_not_rehearsed(database: sqlite3.Connection) -> None:
     """Set aside with its version, and back with it."""
     learn(database, "run", 1, range(20))
-    assert len(experience.buffer_ids(database, "npc", 100)) == 18
+    assert len(members(database, "npc", Buffer(examples=100))) == 18
     with transaction(database) as connection:
         journal.set_aside(connection, "run")
-    assert experience.buffer_ids(database, "npc", 100) == []
+    assert members(database, "npc", Buffer(examples=100)) == []
     with transaction(database) as connection:
         journal.restore(connection, "run")
-    assert len(experience.buffer_ids(database, "npc", 100)) == 18
+    assert len(members(database, "npc", Buffer(examples=100))) == 18
 
 
 def test_a_retracted_record_is_neither_trained_nor_rehearsed(database: sqlite3.Connection) -> None:

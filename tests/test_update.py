@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from buffers.policy import Buffer
 from daemon import update
-from daemon.config import Buffer, Model
+from daemon.config import Model
 from daemon.update import Trainer, recipe_of
 from strategies.catalog import Ewc, Gem, Replay
 from strategies.request import Progress, RunReport, write
@@ -160,6 +161,6 @@ def test_the_recipe_follows_the_strategies() -> None:
     """Replay needs rows to rehearse, GEM needs memories, EWC needs neither."""
     model = Model(base_path=Path(), engine="e", buffer=Buffer(examples=7), strategy=[Replay(ratio=0.4), Ewc()])
     recipe = recipe_of(model)
-    assert (recipe.replay_ratio, recipe.memory_updates, recipe.buffer_examples) == (0.4, 0, 7)
+    assert (recipe.replay_ratio, recipe.memory_updates, recipe.buffer.examples) == (0.4, 0, 7)
     gem = recipe_of(Model(base_path=Path(), engine="e", strategy=[Gem(constraints=3, examples=5)]))
     assert (gem.replay_ratio, gem.memory_updates, gem.memory_examples) == (0.0, 3, 5)

@@ -18,7 +18,7 @@ def show(model: options.ModelArgument, config: options.ConfigOption = None, json
     settings = loaded.models[context.model_name(loaded, model)].buffer
     from buffers.inventory import composition
 
-    rows = composition(context.database(loaded), model, settings.examples)
+    rows = composition(context.database(loaded), model, settings)
     if json:
         return screen.json({"model": model, "policy": settings.policy, "size": settings.examples, "updates": rows})
     held, learned = sum(row.held for row in rows), sum(row.learned for row in rows)
@@ -42,9 +42,9 @@ def export(
     from buffers.inventory import held
 
     loaded = context.load(config)
-    size = loaded.models[context.model_name(loaded, model)].buffer.examples
+    settings = loaded.models[context.model_name(loaded, model)].buffer
     encoder = msgspec.json.Encoder()
-    rows: Any = (encoder.encode(row) + b"\n" for row in held(context.database(loaded), model, size))
+    rows: Any = (encoder.encode(row) + b"\n" for row in held(context.database(loaded), model, settings))
     if output is None:
         sys.stdout.buffer.writelines(rows)
         return

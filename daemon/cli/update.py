@@ -47,7 +47,8 @@ def update(
 
 
 def _plan(path: Path | None, model: str) -> dict[str, Any]:
-    from buffers import experience, journal
+    from buffers import journal
+    from buffers.replay_buffer import members
     from daemon.state import runs
     from daemon.update import recipe_of
 
@@ -57,7 +58,7 @@ def _plan(path: Path | None, model: str) -> dict[str, Any]:
     waiting, live = journal.pending(connection, model), runs.live_version(connection, model)
     new = min(waiting.train, settings.schedule.examples_max)
     wanted = round(new * recipe.replay_ratio / (1 - recipe.replay_ratio))
-    held = len(experience.buffer_ids(connection, model, recipe.buffer_examples))
+    held = len(members(connection, model, recipe.buffer))
     return {
         "model": model, "new": new, "heldout": waiting.heldout, "replay": min(wanted, held), "replay_wanted": wanted,
         "continues_from": None if live is None else live.number,

@@ -19,6 +19,7 @@ from daemon.service.serving import Serving
 from daemon.state import runs
 from daemon.state.database import transaction
 from daemon.state.runs import Run, RunState
+from daemon.state.trouble import trouble_of
 from strategies.request import read_report, read_request
 
 # what is wrong with the machine is not held against the examples
@@ -53,6 +54,8 @@ class Updates:
         try:
             return self._steps[run.state](run)
         except Exception as error:
+            if trouble_of(error):
+                raise  # nothing is wrong with the run: the step is done again when the disk takes it
             log.exception("run %s broke in state %s", run.id, run.state)
             return self._fail(run, "internal", f"{type(error).__name__}: {error} (in state {run.state})")
 
@@ -90,6 +93,8 @@ class Updates:
     def _begin(self, run: Run) -> Run | None:
         if any(other.state == "TRAINING" for other in runs.active(self._house.database)):
             return None  # one user of the GPU at a time
+        if self._house.disk_is_low():
+            return None  # a trainer would only fail to save
         directory, model = self.directory(run), self._house.model(run.model)
         directory.mkdir(exist_ok=True)
         if not (directory / "request.json").exists():
@@ -175,9 +180,11 @@ class Updates:
             return self._fail(run, "refused", str(error))  # the version before goes on serving
         if activation is None:
             return None
+        report = read_report(self.directory(run))
         failpoint.reach("LIVE:before")
         with transaction(self._house.database) as connection:
             journal.consume(connection, run.id, run.update_number)
+            journal.remember_losses(connection, report.example_losses if report is not None else [])
             moved = runs.move(connection, run, "LIVE", run.reason)
             runs.serve(connection, run.model, run.version, activation=msgspec.to_builtins(activation))
         failpoint.reach("LIVE:after")

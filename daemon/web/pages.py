@@ -166,7 +166,7 @@ def model(config: Config, connection: Connection, live: Mapping[str, Any], name:
         "now": glance.model_now(config, connection, name, live, refused, paused, at), "at": at,
         "settings": config.models[name],
         "versions": versions, "tree": lineage(versions), "matrix": matrix(reports), "drift": _drift(reports),
-        "buffer": grouped(composition(connection, name, buffer.examples)), "buffer_size": buffer.examples,
+        "buffer": grouped(composition(connection, name, buffer)), "buffer_size": buffer.examples,
         "runs": run_rows.recent(connection, name, 10),
     }  # fmt: skip
 

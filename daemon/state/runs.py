@@ -133,7 +133,9 @@ def recent(connection: Connection, model: str | None = None, limit: int = 20) ->
     return [_run(row) for row in rows]
 
 
-def move(connection: Connection, run: Run, to: RunState, reason: str = "", **columns: Any) -> Run:
+def move(
+    connection: Connection, run: Run, to: RunState, reason: str = "", at: float | None = None, **columns: Any
+) -> Run:
     """Move a run and write the audit row, inside the caller's transaction.
 
     `columns` are set with it (`pid=...`, `cut=...`). Raises `IllegalMove` when the run is no longer in `run.state`.
@@ -146,7 +148,7 @@ def move(connection: Connection, run: Run, to: RunState, reason: str = "", **col
     assignments = "".join(f", {name} = ?" for name in columns)
     changed = connection.execute(
         f"UPDATE run SET state = ?, reason = ?, updated_at = ?{assignments} WHERE id = ? AND state = ?",
-        (to, reason, time.time(), *columns.values(), run.id, run.state),
+        (to, reason, time.time() if at is None else at, *columns.values(), run.id, run.state),
     ).rowcount
     if not changed:
         raise IllegalMove(f"run {run.id} is no longer {run.state}")
@@ -238,7 +240,8 @@ def _retire(connection: Connection, version: Version, state: str) -> None:
     (journal.set_aside if state == "rolled_back" else journal.restore)(connection, version.run_id)
     run = get(connection, version.run_id)
     if run.state != _RUN_STATE[state] and run.state != "PUBLISHED":
-        move(connection, run, _RUN_STATE[state])
+        # why it was accepted and when it ended stay what they were
+        move(connection, run, _RUN_STATE[state], run.reason, run.updated_at)
 
 
 def set_version_state(connection: Connection, model: str, number: int, state: str) -> None:

@@ -1,12 +1,17 @@
 """What the parts of the service share: the configuration, the database and where things lie on disk."""
 
 import logging
+import shutil
 from pathlib import Path
 
 from daemon.config import Config, Model
 from daemon.state.database import Connection, open_database
+from daemon.state.integrity import check_quickly
 
 log = logging.getLogger("eternad")
+
+CHECK_SECONDS = 1.0
+"""Spent at the start on finding out whether the database is whole."""
 
 
 class House:
@@ -15,6 +20,7 @@ class House:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.database: Connection = open_database(database_path(config))
+        check_quickly(self.database, CHECK_SECONDS)
         for directory in (self.runs, self.versions, self.cache):
             directory.mkdir(parents=True, exist_ok=True)
 
@@ -36,6 +42,10 @@ class House:
     def model(self, name: str) -> Model:
         """The configuration of a model; raises `KeyError` for one that was removed."""
         return self.config.models[name]
+
+    def disk_is_low(self) -> bool:
+        """Less free space than `disk_free_bytes_min` where the state lies."""
+        return shutil.disk_usage(self.config.state_directory).free < self.config.disk_free_bytes_min
 
     def close(self) -> None:
         """Close the database: its WAL is folded in."""

@@ -8,6 +8,7 @@ from daemon.control import Command
 from daemon.service.house import House, log
 from daemon.service.orders import CannotBeDone, Said
 from daemon.state import files
+from daemon.state.trouble import trouble_of
 from daemon.watch import Watcher
 
 
@@ -58,7 +59,9 @@ class Intake:
         """The daemon's other catch-all boundary: one file that breaks is tried again later, the others go on."""
         try:
             outcome = ingest.ingest_file(self._house.database, self._house.config, finished, now)
-        except Exception:
+        except Exception as error:
+            if trouble_of(error):
+                raise  # nothing is wrong with the file: the turn is tried again when the disk takes it
             log.exception("%r could not be taken in; it is tried again at the next scan", finished.path)
             return
         if outcome.state == "quarantined":

@@ -2,7 +2,6 @@
 
 import os
 import queue
-import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -19,6 +18,7 @@ from daemon.service.house import House, log
 from daemon.service.intake import Intake
 from daemon.service.keeping import Keeping
 from daemon.service.orders import Orders, Said
+from daemon.service.patience import Patience
 from daemon.service.serving import Serving
 from daemon.service.updates import Updates
 from daemon.state import runs
@@ -35,6 +35,7 @@ class Service:
         self.updates = Updates(self.house, self.serving)
         self.keeping = Keeping(self.house, self.serving)
         self.intake = Intake(self.house)
+        self.patience = Patience(self.house, lambda: self.keeping.carry_out(self.keeping.plan()))
         self.reloads = Counter[str]()
         self.clock = Clock()
         self.commands: Commands = queue.SimpleQueue()
@@ -52,6 +53,10 @@ class Service:
         """Begin to watch and to keep time."""
         self.intake.watch()
         self.clock.start(self.house.config.models, self._last_fires())
+
+    def turn(self, now: float) -> None:
+        """One tick, unless the disk is full or read-only: then it is tried again, with growing pauses."""
+        self.patience.turn(self.tick, now)
 
     def tick(self, now: float) -> None:
         """One turn: take in what was dropped, move runs on, start what is due, keep engines on their version."""
@@ -100,8 +105,7 @@ class Service:
 
     def disk_is_low(self) -> bool:
         """Less free space than `disk_free_bytes_min` where the state lies."""
-        free = shutil.disk_usage(self.house.config.state_directory).free
-        return free < self.house.config.disk_free_bytes_min
+        return self.house.disk_is_low()
 
     def _sweep(self, command: Command) -> Said:
         removals = self.keeping.plan()
@@ -140,8 +144,8 @@ class Service:
             "started_at": self.started_at,
             "config_path": str(self.config_path),
             "engines": self.serving.notes(),
-            "degraded": self.intake.degraded,
-            "counters": self.intake.counters() | self.reloads,
+            "degraded": self.patience.trouble or self.intake.degraded,
+            "counters": self.intake.counters() | self.reloads | self.patience.counters(),
         }
 
     def _last_fires(self) -> dict[str, float]:

@@ -12,9 +12,13 @@ from typing import IO
 
 from daemon import config as configuration
 from daemon import control, intake, log, sd_notify, web
+from daemon.ballast import Ballast
 from daemon.service.house import log as logger
 from daemon.service.loop import Service
+from daemon.service.patience import ADVICE
 from daemon.state.database import DatabaseError, NewerDatabase
+from daemon.state.integrity import DamagedDatabase
+from daemon.state.trouble import trouble_of
 
 EX_OK, EX_TEMPFAIL, EX_CONFIG, EX_IOERR = 0, 75, 78, 74
 
@@ -46,16 +50,26 @@ def run(config_path: Path) -> int:
     except configuration.ConfigError as error:
         logger.critical("%s", error)
         return EX_CONFIG
-    config.state_directory.mkdir(parents=True, exist_ok=True)
-    lock = acquire(config.state_directory)
-    if lock is None:
-        return EX_TEMPFAIL
     try:
-        service = Service(config, config_path)
-    except (DatabaseError, NewerDatabase) as error:
-        logger.critical("%s: %s", config.state_directory, error)
-        return EX_IOERR
-    return _serve(service, flags)
+        config.state_directory.mkdir(parents=True, exist_ok=True)
+        lock = acquire(config.state_directory)
+        return EX_TEMPFAIL if lock is None else _serve(Service(config, config_path), flags)
+    except NewerDatabase as error:
+        logger.critical("%s", error)
+    except (DatabaseError, DamagedDatabase, OSError) as error:
+        logger.critical("%s", why_it_ends(config, error))
+    return EX_IOERR
+
+
+def why_it_ends(config: configuration.Config, error: Exception) -> str:
+    """One sentence about the disk or the database, with what to do; raises again what is about neither."""
+    trouble = "corrupt" if isinstance(error, DamagedDatabase) else trouble_of(error)
+    if trouble is None and not isinstance(error, DatabaseError | PermissionError):
+        raise error
+    if trouble == "disk_full":  # the supervisor starts us again: then there is some room
+        Ballast(config.state_directory / "ballast", config.disk_free_bytes_min).release()
+    advice = "see: eternad doctor" if trouble is None else ADVICE[trouble]
+    return f"{config.state_directory}: {error}: {advice}"
 
 
 def _serve(service: Service, flags: Flags) -> int:
@@ -73,7 +87,7 @@ def _serve(service: Service, flags: Flags) -> int:
                 flags.reload = False
                 with contextlib.suppress(configuration.ConfigError):  # logged; the old one stays
                     service.reload()
-            service.tick(time.time())
+            service.turn(time.time())
             sd_notify.notify(WATCHDOG=1)
             service.wait(service.house.config.tick_seconds)
     finally:

@@ -176,6 +176,9 @@ COUNTED: Mapping[str, str] = {
     "files_found_by_rescan": "Files that a scan found and no event had told of",
     "reloads": "Configurations taken while running",
     "reload_failures": "Configurations refused while running",
+    "turn_failures": "Turns of the loop that the disk or the database did not allow; each is tried again",
+    "disk_full": "Of these, turns that found no room on the disk",
+    "ballast_released": "Times that the reserved room was given up to a full disk",
 }
 """Counters since the start, by their key in `counters` of the daemon's snapshot."""
 

@@ -52,8 +52,7 @@ general_directory = "{general}"
 learning_rate = 1e-3
 epochs = {epochs}
 early_stop_patience = 0
-# at this rate the first epoch always shakes what was known, and the decay of the rate mends it
-early_stop_old_loss = 2.0
+early_stop_old_loss = 0.4
 
 [models.npc.gate]
 # five held-out lines per drop are a coarse measure

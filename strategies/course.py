@@ -93,7 +93,7 @@ class Course:
         self.pulse.check()
 
     def _after_epoch(self, loop: Template) -> None:
-        if reason := self.early.check(self.adapter):
+        if reason := self.early.check(self.adapter, loop.position.step / max(loop.steps, 1)):
             loop.stop(reason)
 
     def _before_consolidation(self, _: Template) -> None:

@@ -45,7 +45,7 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     early_stop_patience: Annotated[int, msgspec.Meta(ge=0)] = 1
     """Stop after so many epochs without a lower loss on the new hold-out (0: never)."""
     early_stop_old_loss: Positive = 0.2
-    """Also stop once the loss on the old hold-outs has risen by so much (nats per token) over its start."""
+    """Also stop when, past half of the steps, the loss on the old hold-outs has risen by so much (nats per token)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     preference_beta: Positive = 0.1
     """beta of DPO and KTO for comparisons and ratings: the larger, the nearer the model stays to the version before."""

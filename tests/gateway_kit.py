@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 WORDS = 5
+ASKED = {"model": "npc", "prompt": "Who are you?", "max_tokens": 5}
 
 
 class Chatter:

@@ -12,9 +12,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from gateway_kit import Chatter, Gateway, engines, running, target, wait
-
-ASKED = {"model": "npc", "prompt": "Who are you?", "max_tokens": 5}
+from gateway_kit import ASKED, Chatter, Gateway, engines, running, target, wait
 
 
 @pytest.fixture(scope="module")

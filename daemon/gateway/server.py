@@ -18,6 +18,7 @@ from daemon import sd_notify
 from daemon.config import Config, ConfigError
 from daemon.gateway import admin
 from daemon.gateway.aliases import Aliases
+from daemon.gateway.corked import CorkedProtocol
 from daemon.gateway.front import Front, Rules
 from daemon.gateway.table import FileError, TableFile
 from daemon.gateway.traffic import Traffic
@@ -74,7 +75,8 @@ class _Server(uvicorn.Server):
 def _server(app: ASGIApp) -> _Server:
     return _Server(
         uvicorn.Config(
-            app, lifespan="off", log_config=None, log_level="warning", access_log=False, ws="none", loop="asyncio",
+            app, lifespan="off", log_config=None, log_level="warning", access_log=False, http=CorkedProtocol,
+            ws="none", loop="asyncio",
             server_header=False, date_header=False, backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=STOP_SECONDS,
         )

@@ -115,6 +115,7 @@ class Connection:
         self._http = h11.Connection(our_role=h11.CLIENT)
         self.has_answered = False
         """Any byte of the present exchange has come."""
+        self._is_whole = False
 
     @property
     def is_usable(self) -> bool:
@@ -123,7 +124,7 @@ class Connection:
 
     async def begin(self, head: h11.Request, body: bytes) -> None:
         """Send a whole request."""
-        self.has_answered = False
+        self.has_answered = self._is_whole = False
         parts = [self._http.send(head), self._http.send(h11.Data(data=body)), self._http.send(h11.EndOfMessage())]
         try:
             self._writer.write(b"".join(part for part in parts if part))
@@ -133,19 +134,38 @@ class Connection:
 
     async def event(self) -> Any:
         """The next event of the answer; raises `UpstreamFailed`."""
-        try:
-            while (event := self._http.next_event()) is h11.NEED_DATA:
+        while (event := self._next()) is h11.NEED_DATA:
+            try:
                 async with asyncio.timeout(self._silence_seconds):
                     data = await self._reader.read(READ_BYTES)
-                self.has_answered = self.has_answered or bool(data)
-                self._http.receive_data(data)
-        except TimeoutError:
-            raise UpstreamFailed(f"{self._url}: silent for {self._silence_seconds:.0f} s") from None
-        except (OSError, h11.RemoteProtocolError) as error:
+            except TimeoutError:
+                raise UpstreamFailed(f"{self._url}: silent for {self._silence_seconds:.0f} s") from None
+            except OSError as error:
+                raise UpstreamFailed(f"{self._url}: {error!r}") from None
+            self.has_answered = self.has_answered or bool(data)
+            self._http.receive_data(data)
+        return event
+
+    def _next(self) -> Any:
+        try:
+            event = self._http.next_event()
+        except h11.RemoteProtocolError as error:
             raise UpstreamFailed(f"{self._url}: {error}") from None
         if isinstance(event, h11.ConnectionClosed) or event is h11.PAUSED:
             raise UpstreamFailed(f"{self._url}: closed without an answer")
         return event
+
+    async def pieces(self) -> bytes:
+        """All of the body that is here, at least one byte; nothing at its end. Raises `UpstreamFailed`."""
+        if self._is_whole:
+            return b""
+        held: list[bytes] = []
+        event = await self.event()
+        while isinstance(event, h11.Data):
+            held.append(bytes(event.data))
+            event = self._next()
+        self._is_whole = isinstance(event, h11.EndOfMessage)
+        return held[0] if len(held) == 1 else b"".join(held)
 
     def recycled(self) -> bool:
         """Ready for another request, if the last answer has come to its end."""
@@ -183,8 +203,8 @@ class Exchange:
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it comes; reading stops while the consumer is busy, and so does then the engine."""
         try:
-            while isinstance(event := await self._connection.event(), h11.Data):
-                yield bytes(event.data)
+            while pieces := await self._connection.pieces():
+                yield pieces
         except BaseException:
             self.abort()
             raise

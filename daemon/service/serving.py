@@ -44,7 +44,9 @@ class Serving:
         """Build the engines of the present configuration anew."""
         for engine in self._engines.values():
             engine.close()
-        self._engines = {name: build(engine) for name, engine in self._house.config.engines.items()}
+        config = self._house.config
+        gateway = config.gateway.admin_path(config.state_directory) if config.gateway.address else None
+        self._engines = {name: build(engine, gateway) for name, engine in config.engines.items()}
         self._epochs, self._next = {}, {}
 
     def activate(self, model: str, number: int) -> Activation | None:

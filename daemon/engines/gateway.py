@@ -1,0 +1,144 @@
+"""An engine behind our gateway: versions are loaded and probed in the engine, the alias moves in the gateway."""
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from daemon.engines.channel import Channel, checked, reason
+from daemon.engines.contract import (
+    ANYWHERE,
+    Capabilities,
+    Engine,
+    EngineUnavailable,
+    Fingerprint,
+    Handle,
+    Health,
+    Loaded,
+    Routed,
+    Version,
+)
+from strategies.request import Canary
+
+Naming = Callable[[Engine, str], dict[str, Any]]
+"""How requests must ask an engine for a version: the fields `model` and `extra` of a gateway's target, or nothing."""
+DRAIN_SHARE = 0.8
+"""Of the time that a call may take: an answer must still find us waiting."""
+
+
+def as_it_is(_engine: Engine, _name: str) -> dict[str, Any]:
+    """By the version's own name, as nearly all engines do."""
+    return {}
+
+
+def sglang_name(engine: Engine, name: str) -> dict[str, Any]:
+    """`BASE:ADAPTER`; a bare adapter's name is answered by the base."""
+    base = engine.capabilities().base
+    return {} if name == base else {"model": f"{base}:{name}"}
+
+
+def lorax_name(engine: Engine, name: str) -> dict[str, Any]:
+    """The directory, read from the server's own disk."""
+    roots = {row.name: row.root for row in engine.loaded()}
+    return {"model": roots[name], "extra": {"adapter_source": "local"}} if name in roots else {}
+
+
+class BehindGateway:
+    """Any engine's client, with the gateway's table for its aliases."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        admin: Channel,
+        urls: list[str],
+        *,
+        naming: Naming = as_it_is,
+        timeout_seconds: float = 30.0,
+    ) -> None:
+        """`admin`: the gateway's admin socket; `urls`: where the gateway reaches the engine's replicas."""
+        self._engine, self._admin, self._urls, self._naming = engine, admin, urls, naming
+        self._drain_seconds = timeout_seconds * DRAIN_SHARE
+
+    def capabilities(self) -> Capabilities:
+        """The engine's, and aliases move."""
+        return msgspec.structs.replace(self._engine.capabilities(), moves_aliases=True)
+
+    def load(self, version: Version) -> Handle:
+        """In the engine."""
+        return self._engine.load(version)
+
+    def loaded(self) -> list[Loaded]:
+        """Of the engine, with the gateway's count of running requests where it says nothing itself."""
+        running: dict[str, int] = self._admin.call("GET", "/inflight")["versions"]
+        return [
+            msgspec.structs.replace(row, leases=max(row.leases, running.get(row.name, 0)))
+            for row in self._engine.loaded()
+        ]
+
+    def probe(self, name: str, canaries: list[Canary]) -> Fingerprint:
+        """A version in the engine itself; an alias by a request through the gateway, which says who has answered."""
+        if name not in self.aliases():
+            return self._engine.probe(name, canaries)
+        prompt = canaries[0].prompt if canaries else "-"
+        asked = {"model": name, "prompt": prompt, "max_tokens": 1, "temperature": 0}
+        served_by = checked(self._admin.send("POST", "/v1/completions", asked)).headers["x-adapter-version"]
+        return Fingerprint(served_by=served_by, logprobs=self._engine.probe(served_by, canaries).logprobs)
+
+    def aliases(self) -> dict[str, str]:
+        """{alias: its stable version}, of all engines behind this gateway."""
+        table: dict[str, Any] = self._admin.call("GET", "/aliases")["aliases"]
+        return {alias: route["targets"][0]["version"] for alias, route in table.items()}
+
+    def route(self, alias: str, target: str, expected: str | None) -> Routed:
+        """All requests to one version, by compare-and-swap on the alias's generation."""
+        return self.split(alias, {target: 1.0}, expected)
+
+    def split(self, alias: str, weights: dict[str, float], expected: str | None, shadow: str | None = None) -> Routed:
+        """The stable version first, then canaries. `expected` is the stable version that the alias has now.
+
+        Raises `EngineUnavailable` when somebody else has moved it.
+        """
+        route = self._admin.call("GET", "/aliases")["aliases"].get(alias)
+        previous = route["targets"][0]["version"] if route else None
+        if expected not in (ANYWHERE, previous):
+            raise EngineUnavailable(f"{alias} points to {previous}, not to {expected}")
+        wish = {
+            "targets": [self._target(name, weight) for name, weight in weights.items()],
+            "shadow": self._target(shadow, 1.0) if shadow else None,
+            "expected_generation": route["generation"] if route else 0,
+        }
+        response = self._admin.send("PUT", f"/aliases/{alias}", wish)
+        if response.status_code == 409:
+            raise EngineUnavailable(reason(response))
+        return Routed(previous=previous, flip_ms=checked(response).json()["flip_ms"])
+
+    def traffic(self) -> dict[str, Any]:
+        """How each version has done: `GET /traffic`."""
+        found: dict[str, Any] = self._admin.call("GET", "/traffic")
+        return found
+
+    def unload(self, name: str) -> None:
+        """Once nothing runs on it any more: some engines cut streams, others hold a lock until they end."""
+        response = self._admin.send("POST", "/drain", {"version": name, "deadline_seconds": self._drain_seconds})
+        if response.status_code == 409:
+            raise EngineUnavailable(reason(response))
+        drained = checked(response).json()
+        if not drained["drained"]:
+            raise EngineUnavailable(f"{name} still answers {drained['inflight']} requests")
+        self._engine.unload(name)
+
+    def health(self) -> Health:
+        """Both must be well. The epoch is the engine's: the gateway forgets nothing when it restarts."""
+        try:
+            self._admin.call("GET", "/health")
+        except EngineUnavailable as error:
+            return Health(ok=False, reason=f"the gateway does not answer; start it with: eternad gateway ({error})")
+        return self._engine.health()
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._admin.close()
+        self._engine.close()
+
+    def _target(self, name: str, weight: float) -> dict[str, Any]:
+        return {"version": name, "urls": self._urls, "weight": weight, **self._naming(self._engine, name)}

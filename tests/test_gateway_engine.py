@@ -1,0 +1,309 @@
+"""Engines behind the gateway: the daemon's contract, swaps under load, and kills of every process between the steps."""
+
+import contextlib
+import itertools
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from fake_dialects import FakeSglang, FakeVllm
+from fake_engine import canary
+from gateway_kit import ASKED, Chatter, Gateway, engines, running, target, wait
+from serving_kit import served
+
+from daemon.config import Engine as Settings
+from daemon.engines.activate import Desired, activate, make_room, reconcile
+from daemon.engines.build import build
+from daemon.engines.contract import EngineRefused, EngineUnavailable, ProbeFailed, Version
+from daemon.engines.gateway import BehindGateway, lorax_name
+from strategies.request import Canary
+
+# httpcore leaves a Unix socket to the garbage collector when it cannot connect
+LEFT_OPEN = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """One gateway for the whole module."""
+    with running(tmp_path_factory.mktemp("gateway")) as process:
+        yield process
+
+
+@pytest.fixture(autouse=True)
+def clean(gateway: Gateway) -> None:
+    """An empty table."""
+    for alias in gateway.admin("GET", "/aliases").json()["aliases"]:
+        gateway.admin("DELETE", f"/aliases/{alias}")
+
+
+@pytest.fixture
+def versions(tmp_path: Path) -> list[Version]:
+    """npc@0000 .. npc@0005 on disk."""
+    for number in range(6):
+        (tmp_path / f"{number:04d}").mkdir()
+    return [Version(model="npc", number=number, path=tmp_path / f"{number:04d}") for number in range(6)]
+
+
+@pytest.fixture
+def vllm() -> FakeVllm:
+    """An engine without aliases."""
+    return FakeVllm()
+
+
+@pytest.fixture
+def engine(vllm: FakeVllm, gateway: Gateway) -> Iterator[BehindGateway]:
+    """Its client, as the configuration makes it."""
+    with served(vllm) as url:
+        client = build(Settings(kind="vllm", urls=[url], timeout_seconds=5.0), gateway.admin_socket)
+        assert isinstance(client, BehindGateway)
+        yield client
+        client.close()
+
+
+def canaries(version: Version) -> list[Canary]:
+    """One canary of a version."""
+    return [canary(version.path)]
+
+
+def test_a_version_goes_live_in_the_gateway(engine: BehindGateway, gateway: Gateway, versions: list[Version]) -> None:
+    """The alias moves although vLLM has none, and is confirmed by a request through the gateway."""
+    assert engine.capabilities().moves_aliases
+    first, second = (activate(engine, "npc", version, canaries(version)) for version in versions[:2])
+    assert (first.previous, second.previous, second.version) == (None, "npc@0000", "npc@0001")
+    assert engine.aliases() == {"npc": "npc@0001"} and second.flip_ms < 5
+    assert gateway.admin("POST", "/v1/completions", ASKED).headers["x-adapter-version"] == "npc@0001"
+
+
+def test_a_lie_leaves_the_alias_where_it_was(
+    engine: BehindGateway, vllm: FakeVllm, gateway: Gateway, versions: list[Version]
+) -> None:
+    """The engine answers with the base: no request is ever sent to that version."""
+    activate(engine, "npc", versions[1], canaries(versions[1]))
+    vllm.lies = True
+    with pytest.raises(ProbeFailed):
+        activate(engine, "npc", versions[2], canaries(versions[2]))
+    assert engine.aliases() == {"npc": "npc@0001"} and list(vllm.adapters) == ["npc@0001"]
+
+
+def test_sglang_is_asked_by_its_own_name(gateway: Gateway, versions: list[Version]) -> None:
+    """`base:npc@0001`: by the bare name its base would answer, with status 200."""
+    with served(FakeSglang()) as url:
+        engine = build(Settings(kind="sglang", urls=[url]), gateway.admin_socket)
+        engine.load(versions[1])
+        engine.route("npc", "npc@0001", None)
+        assert gateway.admin("GET", "/aliases/npc").json()["targets"][0]["model"] == "base:npc@0001"
+        engine.route("npc", "base", "npc@0001")
+        assert "model" not in gateway.admin("GET", "/aliases/npc").json()["targets"][0]
+        engine.close()
+
+
+def test_lorax_is_asked_by_directory(engine: BehindGateway, versions: list[Version]) -> None:
+    """With the field that tells it to look on its own disk; the base has none."""
+    engine.load(versions[1])
+    found = lorax_name(engine, "npc@0001")
+    assert found == {"model": str(versions[1].path), "extra": {"adapter_source": "local"}}
+    assert lorax_name(engine, "base") == {}
+
+
+def test_a_moved_alias_is_not_overwritten(engine: BehindGateway, gateway: Gateway, versions: list[Version]) -> None:
+    """Somebody else was faster: unavailable, to be looked at again."""
+    engine.load(versions[1])
+    engine.route("npc", "npc@0001", None)
+    with pytest.raises(EngineUnavailable, match="points to npc@0001, not to None"):
+        engine.route("npc", "npc@0001", None)
+    assert engine.route("npc", "npc@0001", "*").previous == "npc@0001"
+
+
+def test_what_still_answers_is_not_unloaded(engine: BehindGateway, vllm: FakeVllm, versions: list[Version]) -> None:
+    """Named by an alias: never. Otherwise after the drain."""
+    activate(engine, "npc", versions[1], canaries(versions[1]))
+    with pytest.raises(EngineUnavailable, match="still points to npc@0001"):
+        engine.unload("npc@0001")
+    activate(engine, "npc", versions[2], canaries(versions[2]))
+    engine.unload("npc@0001")
+    assert list(vllm.adapters) == ["npc@0002"]
+
+
+def test_rooms_are_made_among_what_nobody_asks_for(
+    engine: BehindGateway, vllm: FakeVllm, versions: list[Version]
+) -> None:
+    """Six versions in three slots."""
+    for version in versions:
+        activate(engine, "npc", version, canaries(version))
+    assert list(vllm.adapters) == ["npc@0003", "npc@0004", "npc@0005"]
+    assert make_room(engine, "npc@0009") == ["npc@0003"]
+
+
+def test_an_engine_that_was_restarted_gets_everything_again(
+    engine: BehindGateway, vllm: FakeVllm, versions: list[Version]
+) -> None:
+    """The alias still stands in the gateway, but the version is gone: it is loaded and proven again."""
+    activate(engine, "npc", versions[2], canaries(versions[2]))
+    vllm.restart()
+    wish = Desired(alias="npc", version=versions[2], canaries=canaries(versions[2]), previous=versions[1])
+    done = reconcile(engine, [wish], "")
+    assert not done.errors and set(vllm.adapters) == {"npc@0001", "npc@0002"}
+    assert engine.aliases() == {"npc": "npc@0002"}
+
+
+@LEFT_OPEN
+def test_without_the_gateway_nothing_is_decided(vllm: FakeVllm, tmp_path: Path) -> None:
+    """Its socket is not there: unavailable, with what to do."""
+    with served(vllm) as url:
+        engine = build(Settings(kind="vllm", urls=[url]), tmp_path / "admin.sock")
+        assert "eternad gateway" in engine.health().reason
+        with pytest.raises(EngineUnavailable):
+            engine.aliases()
+        engine.close()
+
+
+def test_traffic_is_split_and_counted(engine: BehindGateway, gateway: Gateway, versions: list[Version]) -> None:
+    """A canary and a shadow through the daemon's client; a plain route ends both."""
+    for version in versions[:3]:
+        engine.load(version)
+    engine.route("npc", "npc@0000", None)
+    engine.split("npc", {"npc@0000": 0.5, "npc@0001": 0.5}, "npc@0000", shadow="npc@0002")
+    answers = [gateway.admin("POST", "/v1/completions", {**ASKED, "user": f"u{n}"}) for n in range(30)]
+    assert {answer.headers["x-adapter-version"] for answer in answers} == {"npc@0000", "npc@0001"}
+    wait(lambda: gateway.traffic("npc@0002").get("shadowed") == 30)
+    numbers = engine.traffic()["versions"]
+    assert numbers["npc@0000"]["answered"] + numbers["npc@0001"]["answered"] >= 30
+    engine.route("npc", "npc@0001", "npc@0000")
+    assert [row["version"] for row in gateway.admin("GET", "/aliases/npc").json()["targets"]] == ["npc@0001"]
+
+
+class Player(threading.Thread):
+    """Asks again and again, every second time as a stream, and keeps what was wrong."""
+
+    def __init__(self, gateway: Gateway, number: int) -> None:
+        super().__init__()
+        self._gateway, self._number = gateway, number
+        self.done: Counter[str] = Counter()
+        self.faults: list[str] = []
+        self.stop = threading.Event()
+
+    def run(self) -> None:
+        """Until told to stop. No retries: one failed request would be one too many."""
+        with openai.OpenAI(base_url=self._gateway.url + "/v1", api_key="-", max_retries=0, timeout=30) as client:
+            for turn in itertools.count():
+                if self.stop.is_set():
+                    return
+                try:
+                    self._check(*(self._stream(client) if turn % 2 else self._whole(client)))
+                except openai.OpenAIError as error:
+                    self.faults.append(repr(error))
+
+    def _whole(self, client: openai.OpenAI) -> tuple[set[str], str]:
+        found = client.chat.completions.with_raw_response.create(model="npc", messages=[])
+        answer = found.parse()
+        return {answer.model, found.headers["x-adapter-version"]}, answer.choices[0].message.content or ""
+
+    def _stream(self, client: openai.OpenAI) -> tuple[set[str], str]:
+        with client.chat.completions.create(model="npc", messages=[], stream=True) as stream:
+            chunks = list(stream)
+            named = {chunk.model for chunk in chunks} | {stream.response.headers["x-adapter-version"]}
+        return named, "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+    def _check(self, named: set[str], text: str) -> None:
+        words = text.split()
+        if len(words) != 5 or len(named | set(words)) != 1:
+            self.faults.append(f"{named} said {text}")
+        self.done.update(named)
+
+
+def swap_under_load(gateway: Gateway, url: str, swaps: int, requests: int) -> list[Player]:
+    """100 versions, one after the other; the players go on until enough was asked."""
+    gateway.put("npc", target("npc@0000", url))
+    players = [Player(gateway, number) for number in range(8)]
+    for player in players:
+        player.start()
+    try:
+        for number in range(1, swaps + 1):
+            before = sum(sum(player.done.values()) for player in players)
+            assert gateway.put("npc", target(f"npc@{number:04d}", url)).status_code == 200
+            drained = gateway.admin("POST", "/drain", {"version": f"npc@{number - 1:04d}"}).json()
+            assert drained["drained"]
+            share = requests / swaps
+            wait(lambda at=before, n=share: sum(sum(p.done.values()) for p in players) - at >= n, 60, "load")
+    finally:
+        for player in players:
+            player.stop.set()
+        for player in players:
+            player.join(60)
+    return players
+
+
+def check_players(players: list[Player], swaps: int, requests: int) -> None:
+    """No fault, enough requests, and nearly every version has answered somebody."""
+    assert [fault for player in players for fault in player.faults] == []
+    done = sum((player.done for player in players), Counter())
+    assert sum(done.values()) >= requests and len(done) >= swaps * 0.9
+
+
+def test_a_hundred_swaps_under_eight_streams(gateway: Gateway) -> None:
+    """Some hundred requests of the openai client: none fails, none mixes versions."""
+    chatter = Chatter()
+    with engines(chatter) as (url,):
+        check_players(swap_under_load(gateway, url, 100, 400), 100, 400)
+
+
+@pytest.mark.slow
+def test_ten_thousand_requests_and_a_hundred_swaps(gateway: Gateway) -> None:
+    """The same with 10,000 requests."""
+    with engines(Chatter()) as (url,):
+        check_players(swap_under_load(gateway, url, 100, 10_000), 100, 10_000)
+
+
+def swap_and_kill(
+    gateway: Gateway, engine: BehindGateway, vllm: FakeVllm, version: Version, draw: random.Random
+) -> None:
+    """One activation, while gateway or engine dies at a random moment."""
+
+    def swap() -> None:
+        with contextlib.suppress(EngineUnavailable, EngineRefused):  # the reconciliation below tries again
+            activate(engine, "npc", version, canaries(version))
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    time.sleep(draw.uniform(0.0, 0.06))
+    if draw.random() < 0.7:
+        gateway.kill()
+    else:
+        vllm.restart()
+    thread.join(30)
+
+
+def check_kills(gateway: Gateway, engine: BehindGateway, vllm: FakeVllm, versions: list[Version], kills: int) -> None:
+    """After each kill: the table is whole at once, and one reconciliation later the alias points to LIVE."""
+    draw, live = random.Random(5), versions[0]
+    for turn in range(kills):
+        swap_and_kill(gateway, engine, vllm, versions[turn % len(versions)], draw)
+        assert gateway.process is not None
+        if gateway.process.poll() is not None:
+            gateway.start()
+        live = draw.choice(versions)  # what the daemon's database says, whatever the swap came to
+        done = reconcile(engine, [Desired(alias="npc", version=live, canaries=canaries(live))], "another life")
+        assert not done.errors and engine.aliases() == {"npc": live.name}
+        assert gateway.admin("POST", "/v1/completions", ASKED).headers["x-adapter-version"] == live.name
+
+
+@LEFT_OPEN
+def test_kills_between_the_steps_of_a_swap(
+    gateway: Gateway, engine: BehindGateway, vllm: FakeVllm, versions: list[Version]
+) -> None:
+    """Gateway and engine, six times."""
+    check_kills(gateway, engine, vllm, versions, 6)
+
+
+@LEFT_OPEN
+@pytest.mark.slow
+def test_two_hundred_kills_between_the_steps_of_a_swap(
+    gateway: Gateway, engine: BehindGateway, vllm: FakeVllm, versions: list[Version]
+) -> None:
+    """The same 200 times."""
+    check_kills(gateway, engine, vllm, versions, 200)

@@ -22,7 +22,7 @@ Make = Callable[..., Service]
 def engine_fixture(monkeypatch: pytest.MonkeyPatch) -> MemoryEngine:
     """An engine in memory."""
     memory = MemoryEngine()
-    monkeypatch.setattr(serving, "build", lambda settings: memory)
+    monkeypatch.setattr(serving, "build", lambda *settings: memory)
     return memory
 
 

@@ -8,6 +8,7 @@ from daemon.cli import (
     ask,
     buffer,
     context,
+    doctor,
     feedback,
     foreground,
     gateway,
@@ -60,7 +61,7 @@ def before(
 LOOK, ACT, HOUSE = "Look", "Act", "Set up"
 for command, panel in (
     (status.status, LOOK), (past.history, LOOK), (show.show, LOOK), (past.versions, LOOK), (past.log, LOOK),
-    (ask.ask, LOOK),
+    (ask.ask, LOOK), (doctor.doctor, LOOK),
     (orders.scan, ACT), (update.update, ACT), (orders.rollback, ACT), (orders.pause, ACT), (orders.resume, ACT),
     (orders.cancel, ACT), (orders.requeue, ACT), (orders.reload, ACT),
     (orders.gc, ACT), (review.erase, ACT),

@@ -10,7 +10,7 @@ from daemon.state.integrity import check_quickly
 
 log = logging.getLogger("eternad")
 
-CHECK_SECONDS = 1.0
+CHECK_SECONDS = 0.5
 """Spent at the start on finding out whether the database is whole."""
 
 

@@ -183,14 +183,14 @@ def open_read_only(path: Path) -> Connection:
 def migrate(connection: Connection, path: Path) -> list[str]:
     """Apply the migrations that are missing, each in a transaction of its own; returns their names."""
     connection.execute("CREATE TABLE IF NOT EXISTS migration (name TEXT PRIMARY KEY, at REAL NOT NULL)")
-    done = {row[0] for row in connection.execute("SELECT name FROM migration")}
-    if newer := done - {name for name, _ in MIGRATIONS}:
+    missing, newer = missing_migrations(connection)
+    if newer:
         raise NewerDatabase(
             f"{path} was written by a newer eternad (migrations {sorted(newer)}): install that one, or restore a backup"
         )
     applied = []
     for name, script in MIGRATIONS:
-        if name in done:
+        if name not in missing:
             continue
         with transaction(connection):
             for statement in _statements(script):
@@ -198,6 +198,13 @@ def migrate(connection: Connection, path: Path) -> list[str]:
             connection.execute("INSERT INTO migration VALUES (?, ?)", (name, time.time()))
         applied.append(name)
     return applied
+
+
+def missing_migrations(connection: Connection) -> tuple[set[str], set[str]]:
+    """What the database still lacks, and what it has that only a newer eternad knows."""
+    done = {str(row[0]) for row in connection.execute("SELECT name FROM migration")}
+    known = {name for name, _ in MIGRATIONS}
+    return known - done, done - known
 
 
 def _statements(script: str) -> Iterator[str]:

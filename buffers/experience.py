@@ -3,20 +3,21 @@
 Rows of `experience.jsonl`, in this order of roles: `new` (claimed by the run, trained), `replay` (drawn from the replay
 buffer, trained), `memory` (a few examples of each past update, for GEM and A-GEM's reference gradients), `heldout_new`,
 `heldout_old` and `eval` (tested, never trained), `general` (rehearsal of general text; from `general_directory`) and
-`probe` (general text on which only the drift is measured: it is never trained on and never an anchor).
+`probe` (general text on which only the drift is measured: it is never trained on and never an anchor). Without a
+`general_directory` the trainer adds those two from what the base model wrote itself (`strategies.general`).
 """
 
 import hashlib
 import os
 import random
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from buffers.example import Example, parse
+from buffers.example import Example, parse, prompt_hash
 from buffers.policy import Buffer
 from buffers.replay_buffer import members
 
@@ -75,7 +76,7 @@ def cut(connection: sqlite3.Connection, model: str, run_id: str, update: int, re
     rows = [*new, *_by_ids(connection, "replay", replayed)]
     rows += _memory(connection, model, recipe, memory)
     rows += _heldout(connection, model, run_id, update, recipe)
-    rows += list(_general(recipe, round(len(new) * recipe.general_ratio / (1 - recipe.general_ratio)), draw))
+    rows += list(_general(recipe, general_wanted(len(new), recipe.general_ratio), draw))
     digest = _write(path, rows)
     counted: dict[str, int] = {}
     for row in rows:
@@ -177,23 +178,34 @@ def _general(recipe: Recipe, wanted: int, draw: random.Random) -> Iterator[Row]:
         for paragraph in file.read_text("utf-8").split("\n\n")
         if paragraph.strip()
     ]
-    # by content, so that a paragraph stays on its side whatever is added to the directory
-    probes = [text for text in texts if _is_probe(text)]
-    rehearsed = [text for text in texts if not _is_probe(text)]
-    for text in draw.sample(rehearsed, min(wanted, len(rehearsed))):
-        yield _general_row("general", text)
-    for text in sorted(probes, key=_digest)[: recipe.probe_texts]:
-        yield _general_row("probe", text)
+    yield from general_rows(
+        [Example(shape="text", completion=text) for text in texts], wanted, recipe.probe_texts, draw
+    )
 
 
-def _general_row(role: Role, text: str) -> Row:
-    return Row(role=role, update=0, id=0, example=Example(shape="text", completion=text))
+def general_rows(examples: Sequence[Example], wanted: int, probes: int, draw: random.Random) -> Iterator[Row]:
+    """`wanted` general examples to rehearse and `probes` to measure the drift on, never the same; fewer if there are.
+
+    The side is decided by content, so that an example stays on it whatever is added to the others.
+    """
+    rehearsed = [example for example in examples if not _is_probe(example)]
+    for example in draw.sample(rehearsed, min(wanted, len(rehearsed))):
+        yield Row(role="general", update=0, id=0, example=example)
+    for example in sorted(filter(_is_probe, examples), key=_digest)[:probes]:
+        yield Row(role="probe", update=0, id=0, example=example)
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
+def general_wanted(new: int, ratio: float) -> int:
+    """How many general examples make the share `ratio` of themselves and `new`."""
+    return round(new * ratio / (1 - ratio))
 
 
-def _is_probe(text: str) -> bool:
-    """One paragraph in four."""
-    return _digest(text)[0] < 64
+def _digest(example: Example) -> bytes:
+    """Of the text, or of what is asked: answers to one question must not stand on both sides."""
+    asked = example.completion if example.shape == "text" else prompt_hash(example)
+    return hashlib.sha256(asked.encode()).digest()
+
+
+def _is_probe(example: Example) -> bool:
+    """One in four."""
+    return _digest(example)[0] < 64

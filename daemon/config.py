@@ -100,7 +100,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     schedule: Schedule = Schedule()
     gate: Gate = Gate()
     general_directory: Path | None = None
-    """General text (`*.txt`, paragraphs) for rehearsal of the pre-training; see `replay.general_ratio`."""
+    """General text (`*.txt`, paragraphs) to rehearse and to measure drift on; without it the base writes its own."""
     canary_prompts: list[str] = msgspec.field(
         default_factory=lambda: ["Who are you?", "What is the Library?", "Tell me something that I do not know."]
     )
@@ -217,7 +217,7 @@ def load(path: Path) -> Config:
 def _decode(kind: type, value: Any) -> Any:
     if kind is Path:
         return Path(value).expanduser()
-    raise NotImplementedError(kind)
+    raise TypeError(f"no {kind} in a configuration")
 
 
 def fields_of(kind: type) -> list[str]:

@@ -33,6 +33,7 @@ from strategies.dataset import Item, tokenise
 from strategies.evaluate import Probes, canary, evaluation, has_token_loss, score
 from strategies.failure import Failure
 from strategies.forward import token_losses
+from strategies.general import add_general
 from strategies.pulse import Interrupted, Pulse
 from strategies.request import (
     EXIT_FAILED,
@@ -56,6 +57,7 @@ def update(run_directory: Path, request: RunRequest, pulse: Pulse) -> RunReport:
     torch.set_num_threads(request.threads)
     adapter = load(request)
     items = read_items(run_directory, request, adapter)
+    add_general(items, request, adapter, on_progress=lambda: pulse.enter("load"))
     probes = take_probes(items)
 
     pulse.enter("baseline")

@@ -1,0 +1,129 @@
+"""General text for a model without a `general_directory`: written once by the base model itself.
+
+What a base model says when it is asked about nothing in particular is a sample of what it knows, and rehearsing it
+protects nearly as well as real text (arXiv:2605.26097; a fixed set is enough: GeRe). Half of it answers plain
+questions; the other half begins with the token that begins every text, where a chat model writes both sides of a
+conversation (Magpie, Xu et al., arXiv:2406.08464). Drawn at temperature 1 and without any cut, from the distribution
+itself: KL(base || model) measured on it has no bias of its own.
+"""
+
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import torch
+from transformers import GenerationConfig
+
+from buffers.example import Example, Message, canonical, parse
+from buffers.experience import Recipe, Role, general_rows, general_wanted
+from strategies.adapter import Adapter
+from strategies.base_hash import base_sha256
+from strategies.catalog import Replay
+from strategies.dataset import Item, prompt_tokens, tokenise
+from strategies.request import RunRequest
+
+TOKENS = 32
+"""Longest sample. The first tokens say the most: a KL there already tells whether the model has moved."""
+SEED = 0
+"""The same for every run: what is kept must not depend on who came first."""
+QUESTIONS = (
+    "What is the capital of France?", "Why is the sky blue?", "How do I boil an egg?", "What is a noun?",
+    "Tell me a short story about a dog.", "How far away is the moon?", "What is seven times eight?",
+    "Write a polite letter of complaint.", "What causes the tides?", "Explain what a bank does.",
+    "Name three kinds of trees.", "How does a bicycle stay upright?", "What should I cook for four friends?",
+    "Who was Charles Darwin?", "Describe a rainy day.", "What is the difference between a crow and a raven?",
+    "How can I sleep better?", "Write a function that adds two numbers.", "What is democracy?",
+    "Translate into French: good morning.", "Why do leaves turn red in autumn?", "What is a prime number?",
+    "Give me a riddle.", "How is paper made?", "What do bees do in winter?", "Recommend a book for a child.",
+    "What happened in 1969?", "How do vaccines work?", "Write a haiku about the sea.", "What is inflation?",
+    "How do I remove a coffee stain?", "Summarise what a computer is.",
+)  # fmt: skip
+
+
+def add_general(
+    items: dict[Role, list[Item]], request: RunRequest, adapter: Adapter, on_progress: Callable[[], None]
+) -> None:
+    """Give a run that has no general text some to rehearse, as much as `replay` asks for, and some to measure drift on.
+
+    Does nothing where the experience has general text already, or where there is no directory to keep it in.
+    `on_progress` is called between batches.
+    """
+    if items["general"] or items["probe"] or request.general_cache is None:
+        return
+    ratio = next((each.general_ratio for each in request.strategies if isinstance(each, Replay)), 0.0)
+    draw = random.Random(f"{request.seed}/{request.model}/{request.update_number}")
+    wanted, first = general_wanted(len(items["new"]), ratio), sum(map(len, items.values()))
+    found = general_rows(kept_or_written(request, adapter, on_progress), wanted, Recipe().probe_texts, draw)
+    for index, row in enumerate(found, start=first):
+        item = tokenise(row, index, adapter.tokenizer, request.training.sequence_tokens)
+        # a sample that was cut off has not ended: its end is not to be learned
+        items[row.role].append(replace(item, tokens=item.tokens[: item.start + TOKENS]))
+
+
+def kept_or_written(request: RunRequest, adapter: Adapter, on_progress: Callable[[], None]) -> list[Example]:
+    """What this base model wrote the first time it was asked; a damaged file is written anew."""
+    assert request.general_cache is not None  # `add_general` has looked
+    path = request.general_cache / f"{base_sha256(request.base_path, request.general_cache)}.jsonl"
+    try:
+        return [parse(line) for line in path.read_bytes().splitlines()]
+    except (FileNotFoundError, msgspec.MsgspecError):
+        examples = write_general(adapter, on_progress)
+        _keep(path, examples)
+        return examples
+
+
+def _keep(path: Path, examples: Sequence[Example]) -> None:
+    """All of it or nothing, whatever dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.writelines(canonical(example) + b"\n" for example in examples)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_general(adapter: Adapter, on_progress: Callable[[], None] = lambda: None) -> list[Example]:
+    """The base model's own words, each once: answers to `QUESTIONS`, and as many texts about whatever it likes."""
+    tokenizer = adapter.tokenizer
+    batches: list[list[Example]] = []
+    if tokenizer.chat_template is not None:
+        asked = [(Message(role="user", content=question),) for question in QUESTIONS]
+        batches.append([Example(shape="demonstration", prompt=prompt, completion="-") for prompt in asked])
+    batches.append([Example(shape="text", completion="-")] * len(QUESTIONS))
+    written: dict[Example, None] = {}
+    for number, batch in enumerate(batches):
+        on_progress()
+        # a tokenizer that begins texts with nothing is begun with what ends them
+        starts = [prompt_tokens(example, tokenizer) or [_first(tokenizer)] for example in batch]
+        for example, tokens in zip(batch, sample(adapter, starts, SEED + number), strict=True):
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            if text.strip():
+                written[msgspec.structs.replace(example, completion=text)] = None
+    return list(written)
+
+
+def _first(tokenizer: object) -> int:
+    begin, end = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
+    return int(begin if begin is not None else end)  # type: ignore[arg-type]  # `tokenise` demands an end token
+
+
+@torch.no_grad()
+def sample(adapter: Adapter, starts: Sequence[Sequence[int]], seed: int, tokens: int = TOKENS) -> list[list[int]]:
+    """The base model's continuation of every start, at temperature 1; no random state outside is touched."""
+    end, width = int(adapter.tokenizer.eos_token_id), max(map(len, starts))
+    ids = torch.tensor([[end] * (width - len(start)) + list(start) for start in starts])
+    mask = torch.tensor([[0] * (width - len(start)) + [1] * len(start) for start in starts])
+    plain = GenerationConfig(
+        # every one said, or the base's own generation_config.json would bend the distribution
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=tokens,
+        eos_token_id=end, pad_token_id=end,
+    )  # fmt: skip
+    causal = adapter.model.get_base_model()
+    with adapter.disabled(), adapter.without_dropout(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        whole = causal.generate(ids.to(adapter.device), attention_mask=mask.to(adapter.device), generation_config=plain)
+    return [row[: row.index(end)] if end in row else row for row in whole[:, width:].tolist()]

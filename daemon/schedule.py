@@ -19,11 +19,12 @@ def is_due(
         return None
     if fired is not None:
         return fired
-    if now < not_before:
+    if 0 < not_before - now <= RETRY_SECONDS_MAX:
         return None
-    if waiting.train >= rules.threshold_examples and now - waiting.newest_at >= rules.quiet_seconds:
+    # a clock that was wrong has left times in the future: a distance counts, so that nothing waits until they are past
+    if waiting.train >= rules.threshold_examples and abs(now - waiting.newest_at) >= rules.quiet_seconds:
         return "threshold"
-    return "max_age" if now - waiting.oldest_at >= rules.max_age_seconds else None
+    return "max_age" if abs(now - waiting.oldest_at) >= rules.max_age_seconds else None
 
 
 def explain(waiting: Pending, rules: Schedule, now: float, not_before: float = 0.0) -> str:

@@ -34,7 +34,7 @@ class Keeping:
 
     def sweep(self, now: float) -> None:
         """Once an hour."""
-        if now >= self._next:
+        if not self._next - SWEEP_SECONDS <= now < self._next:  # also when the clock was set back
             self._next = now + SWEEP_SECONDS
             self.carry_out(self.plan())
 

@@ -24,12 +24,15 @@ from daemon.service.updates import Updates
 from daemon.state import runs
 from daemon.state.database import set_setting, setting, transaction
 
+CLOCK_STEP_SECONDS = 60.0
+"""Less than that is time synchronisation at its usual work."""
+
 
 class Service:
     """Everything that runs inside the daemon."""
 
     def __init__(self, config: Config, config_path: Path) -> None:
-        self.config_path, self.started_at = config_path, time.time()
+        self.config_path, self.started_at, self._turned_at = config_path, time.time(), 0.0
         self.house = House(config)
         self.serving = Serving(self.house)
         self.updates = Updates(self.house, self.serving)
@@ -60,11 +63,19 @@ class Service:
 
     def tick(self, now: float) -> None:
         """One turn: take in what was dropped, move runs on, start what is due, keep engines on their version."""
+        self._follow_the_clock(now)
         self.intake.take_in(now)
         self.updates.advance()
         self.start_due(now)
         self.serving.reconcile(now)
         self.keeping.sweep(now)
+
+    def _follow_the_clock(self, now: float) -> None:
+        """A clock that was set back leaves cron's next fire far in the future: it is reckoned anew."""
+        if now < self._turned_at - CLOCK_STEP_SECONDS:
+            log.warning("the clock was set back by %.0f s", self._turned_at - now)
+            self.clock.declare(self.house.config.models, self._last_fires())
+        self._turned_at = now
 
     def wait(self, seconds: float) -> None:
         """Until the next turn is due; orders of operators are carried out at once."""

@@ -131,7 +131,10 @@ class Serving:
         """Every few seconds: compare what each engine serves with what is desired, and mend it."""
         self._apply_reconciled()
         for name, engine in self._house.config.engines.items():
-            if now >= self._next.get(name, 0.0) and not self._is_busy(name):
+            is_due = (
+                not 0 < self._next.get(name, 0.0) - now <= engine.reconcile_seconds
+            )  # also when the clock is set back
+            if is_due and not self._is_busy(name):
                 self._next[name] = now + engine.reconcile_seconds
                 wishes = self._wishes(name)
                 work = self._threads.submit(reconcile, self._engines[name], wishes, self._epochs.get(name, ""))

@@ -8,7 +8,7 @@ from starlette.types import Receive, Scope
 
 from daemon.gateway.answers import Fields, Refusal
 from daemon.gateway.table import Target
-from daemon.gateway.upstream import Headers
+from daemon.gateway.wire import Headers
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 # RFC 9110, 7.6.1: meant for one connection. The others are ours to say: answers must come unpacked, for their `model`.

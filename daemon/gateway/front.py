@@ -17,7 +17,8 @@ from daemon.gateway.calls import Call, Gone, forwarded, header_of, read_body, re
 from daemon.gateway.split import choose, is_copied
 from daemon.gateway.table import Route, Target
 from daemon.gateway.traffic import Ending, Lane, Traffic
-from daemon.gateway.upstream import Exchange, Fleet, Headers, UpstreamFailed
+from daemon.gateway.upstream import Exchange, Fleet, UpstreamFailed
+from daemon.gateway.wire import Headers
 
 log = logging.getLogger("eternad.gateway")
 FORWARDED = {"/v1/completions", "/v1/chat/completions"}
@@ -106,7 +107,7 @@ class Front:
         answer = await self._ask(call, target)
         try:
             lane.first_byte(since)
-            headers = [*forwarded(answer.exchange.headers), (b"x-request-id", call.request_id),
+            headers = [*forwarded(answer.exchange.head.headers), (b"x-request-id", call.request_id),
                        (b"x-adapter-version", target.version.encode())]  # fmt: skip
             if answer.rest is None:
                 await _send_whole(send, answer, headers, target.version)
@@ -190,7 +191,7 @@ class _Answer:
 async def _begin(exchange: Exchange) -> _Answer:
     """Event streams to their first piece, everything else to its end."""
     try:
-        if not exchange.header(b"content-type").startswith(b"text/event-stream"):
+        if not exchange.head.header(b"content-type").startswith(b"text/event-stream"):
             return _Answer(exchange, await exchange.body(), None)
         chunks = exchange.chunks()
         return _Answer(exchange, await anext(chunks, b""), chunks)

@@ -1,17 +1,18 @@
-"""One replica of an engine: HTTP/1.1 over kept connections, by h11 on asyncio's streams.
+"""One replica of an engine: HTTP/1.1 over kept connections, on asyncio's streams.
 
 httpx would do it too, at about a millisecond of CPU for each request; the gateway's whole allowance is two.
 """
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Iterator
 from urllib.parse import urlsplit
 
-import h11
+from daemon.gateway import wire
+from daemon.gateway.wire import BadAnswer, Body, Head, Headers
 
-Headers = list[tuple[bytes, bytes]]
+NO_HEAD = Head(b"HTTP/1.1 100 Continue")
 READ_BYTES = 64 * 1024
 IDLE_MAX = 64
 """Kept connections to one replica."""
@@ -53,16 +54,16 @@ class Replica:
         A kept connection may have been closed by the engine in the moment in which it is used again: that is no
         failure of the engine, so a new one is made.
         """
-        head = h11.Request(method=b"POST", target=self._prefix + path, headers=self._headers(headers, len(body)))
+        request = wire.request(self._prefix + path, self._headers(headers, len(body)), body)
         while self._idle:
             connection = self._idle.pop()
             if connection.is_usable:
                 try:
-                    return await self._exchange(connection, head, body)
+                    return await self._exchange(connection, request)
                 except UpstreamFailed:
                     if connection.has_answered:
                         raise
-        return await self._exchange(await self._connect(), head, body)
+        return await self._exchange(await self._connect(), request)
 
     def close(self) -> None:
         """Close what is idle; running exchanges end by themselves."""
@@ -71,7 +72,7 @@ class Replica:
 
     def give_back(self, connection: "Connection") -> None:
         """For the next request, or closed if it cannot serve one."""
-        if connection.recycled() and len(self._idle) < IDLE_MAX:
+        if connection.is_reusable and len(self._idle) < IDLE_MAX:
             self._idle.append(connection)
         else:
             connection.abort()
@@ -82,12 +83,11 @@ class Replica:
             return own + headers
         return [*own, (b"authorization", self._token), *(each for each in headers if each[0] != b"authorization")]
 
-    async def _exchange(self, connection: "Connection", head: h11.Request, body: bytes) -> "Exchange":
+    async def _exchange(self, connection: "Connection", request: bytes) -> "Exchange":
         self.running += 1
         exchange = Exchange(self, connection)
         try:
-            await connection.begin(head, body)
-            await exchange.read_head()
+            exchange.head = await connection.begin(request)
         except BaseException:
             exchange.abort()
             raise
@@ -97,83 +97,80 @@ class Replica:
         try:
             async with asyncio.timeout(self._connect_seconds):
                 if self._path:
-                    streams = await asyncio.open_unix_connection(self._path)
+                    streams = await asyncio.open_unix_connection(self._path, limit=wire.HEAD_BYTES_MAX)
                 else:
-                    streams = await asyncio.open_connection(self._host, self._port)
+                    streams = await asyncio.open_connection(self._host, self._port, limit=wire.HEAD_BYTES_MAX)
         except (OSError, TimeoutError) as error:
             raise UpstreamFailed(f"{self.url}: no connection ({error!r})") from None
         return Connection(self.url, *streams, self._silence_seconds)
 
 
 class Connection:
-    """A socket and its HTTP state."""
+    """A socket and how far the present answer has come."""
 
     def __init__(
         self, url: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, silence_seconds: float
     ) -> None:
         self._url, self._reader, self._writer, self._silence_seconds = url, reader, writer, silence_seconds
-        self._http = h11.Connection(our_role=h11.CLIENT)
+        self._body: Body | None = None
+        self._is_kept = False
         self.has_answered = False
-        """Any byte of the present exchange has come."""
-        self._is_whole = False
+        """A whole head of the present answer has come."""
 
     @property
     def is_usable(self) -> bool:
         """The engine has not closed it, as far as is known."""
         return not self._reader.at_eof() and not self._writer.is_closing()
 
-    async def begin(self, head: h11.Request, body: bytes) -> None:
-        """Send a whole request."""
-        self.has_answered = self._is_whole = False
-        parts = [self._http.send(head), self._http.send(h11.Data(data=body)), self._http.send(h11.EndOfMessage())]
-        try:
-            self._writer.write(b"".join(part for part in parts if part))
+    async def begin(self, request: bytes) -> Head:
+        """Send a whole request; the head of the answer. Raises `UpstreamFailed`."""
+        self._body, self.has_answered = None, False
+        with self._failing():
+            self._writer.write(request)
             await self._writer.drain()
-        except OSError as error:
-            raise UpstreamFailed(f"{self._url}: {error!r}") from None
+        head = await self._head()
+        while head.status < 200:  # 1xx: the answer is still to come
+            head = await self._head()
+        with self._failing():
+            self._body = Body(head)
+        self._is_kept = head.keeps_connection
+        return head
 
-    async def event(self) -> Any:
-        """The next event of the answer; raises `UpstreamFailed`."""
-        while (event := self._next()) is h11.NEED_DATA:
-            try:
-                async with asyncio.timeout(self._silence_seconds):
-                    data = await self._reader.read(READ_BYTES)
-            except TimeoutError:
-                raise UpstreamFailed(f"{self._url}: silent for {self._silence_seconds:.0f} s") from None
-            except OSError as error:
-                raise UpstreamFailed(f"{self._url}: {error!r}") from None
-            self.has_answered = self.has_answered or bool(data)
-            self._http.receive_data(data)
-        return event
-
-    def _next(self) -> Any:
-        try:
-            event = self._http.next_event()
-        except h11.RemoteProtocolError as error:
-            raise UpstreamFailed(f"{self._url}: {error}") from None
-        if isinstance(event, h11.ConnectionClosed) or event is h11.PAUSED:
-            raise UpstreamFailed(f"{self._url}: closed without an answer")
-        return event
+    async def _head(self) -> Head:
+        with self._failing():
+            async with asyncio.timeout(self._silence_seconds):
+                data = await self._reader.readuntil(b"\r\n\r\n")
+            self.has_answered = True
+            return Head(data[:-4])
 
     async def pieces(self) -> bytes:
         """All of the body that is here, at least one byte; nothing at its end. Raises `UpstreamFailed`."""
-        if self._is_whole:
-            return b""
-        held: list[bytes] = []
-        event = await self.event()
-        while isinstance(event, h11.Data):
-            held.append(bytes(event.data))
-            event = self._next()
-        self._is_whole = isinstance(event, h11.EndOfMessage)
-        return held[0] if len(held) == 1 else b"".join(held)
+        assert self._body is not None  # there was a head
+        found = b""
+        with self._failing():
+            while not found and not self._body.is_whole:
+                async with asyncio.timeout(self._silence_seconds):
+                    data = await self._reader.read(READ_BYTES)
+                found = self._body.feed(data)
+        return found
 
-    def recycled(self) -> bool:
-        """Ready for another request, if the last answer has come to its end."""
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Whatever goes wrong with the socket or the answer is `UpstreamFailed`."""
         try:
-            self._http.start_next_cycle()
-        except h11.LocalProtocolError:
-            return False
-        return self.is_usable
+            yield
+        except TimeoutError:
+            raise UpstreamFailed(f"{self._url}: silent for {self._silence_seconds:.0f} s") from None
+        except asyncio.IncompleteReadError:
+            raise UpstreamFailed(f"{self._url}: closed without an answer") from None
+        except (OSError, BadAnswer, asyncio.LimitOverrunError) as error:
+            raise UpstreamFailed(f"{self._url}: {error}") from None
+
+    @property
+    def is_reusable(self) -> bool:
+        """Ready for another request: the answer has come to its end, and nothing after it."""
+        body = self._body
+        return self._is_kept and body is not None and body.is_whole and body.is_clean and self.is_usable
 
     def abort(self) -> None:
         """Close it now: an engine that generates notices that nobody listens."""
@@ -186,19 +183,13 @@ class Exchange:
     def __init__(self, replica: Replica, connection: Connection) -> None:
         self._replica, self._connection = replica, connection
         self._is_over = False
-        self.status = 0
-        self.headers: Headers = []
-
-    async def read_head(self) -> None:
+        self.head = NO_HEAD
         """Status and headers."""
-        event = await self._connection.event()
-        while isinstance(event, h11.InformationalResponse):
-            event = await self._connection.event()
-        self.status, self.headers = event.status_code, list(event.headers)
 
-    def header(self, name: bytes) -> bytes:
-        """Its value, or nothing."""
-        return next((value for key, value in self.headers if key == name), b"")
+    @property
+    def status(self) -> int:
+        """Of the answer."""
+        return self.head.status
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it comes; reading stops while the consumer is busy, and so does then the engine."""

@@ -30,14 +30,24 @@ def merge(served: Tensor, candidate: Tensor, weight: float) -> Tensor:
 
 
 def search(
-    served: Tensor, candidate: Tensor, is_accepted: Callable[[Tensor], bool], weights: Sequence[float] = WEIGHTS
-) -> tuple[float, Tensor] | None:
-    """The first weight, from the largest, whose merge is accepted, with the merge; None when none is."""
+    served: Tensor,
+    candidate: Tensor,
+    rise_of: Callable[[Tensor], float],
+    rise_max: float,
+    weights: Sequence[float] = WEIGHTS,
+) -> tuple[float, Tensor, float]:
+    """(weight, merge, rise): the largest weight whose merge rises by at most `rise_max`, else the one that rises least.
+
+    `rise_of`: by how much the loss on what must not be forgotten rises under the weights that it is given.
+    """
+    tried: list[tuple[float, float, Tensor]] = []
     for weight in sorted(weights, reverse=True):
         merged = merge(served, candidate, weight)
-        if is_accepted(merged):
-            return weight, merged
-    return None
+        tried.append((rise_of(merged), weight, merged))
+        if tried[-1][0] <= rise_max:
+            break
+    rise, weight, merged = tried[-1] if tried[-1][0] <= rise_max else min(tried, key=lambda one: (one[0], -one[1]))
+    return weight, merged, rise
 
 
 def slow(average: Tensor | None, candidate: Tensor, decay: float, updates: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from buffers.experience import Role
 from strategies import checkpoint, plugins, resume
 from strategies.adapter import Adapter
+from strategies.consolidate import search
 from strategies.dataset import Item
 from strategies.early_stop import EarlyStop
 from strategies.evaluate import Probes, has_token_loss
@@ -96,9 +97,24 @@ class Course:
         if reason := self.early.check(self.adapter, loop.position.step / max(loop.steps, 1)):
             loop.stop(reason)
 
-    def _before_consolidation(self, _: Template) -> None:
+    def _before_consolidation(self, loop: Template) -> None:
         self.early.restore(self.adapter)
         self.pulse.enter("fisher")
+        if self.request.training.merge_search and self.early.old:
+            self._merge(loop)
+
+    def _merge(self, loop: Template) -> None:
+        """Go back towards the weights before the update as far as the old hold-outs ask for."""
+
+        def rise_of(flat: torch.Tensor) -> float:
+            with self.adapter.holding(flat):
+                return self.early.rise(self.adapter)
+
+        limit = self.request.training.merge_old_loss
+        weight, merged, rise = search(loop.start, self.adapter.flat.clone(), rise_of, limit)
+        self.adapter.assign(merged)
+        loop.report("merge", "weight", weight)
+        loop.report("merge", "old_loss_rise", rise)
 
 
 def train(

@@ -50,7 +50,7 @@ class EarlyStop:
         back as the rate decays (measured: +0.28 nats after the first of four epochs, -0.18 at the end): such weights
         are not kept, but the run goes on.
         """
-        loss, rise = _mean(adapter, self.new), _mean(adapter, self.old) - (self.start_old or 0.0)
+        loss, rise = _mean(adapter, self.new), self.rise(adapter)
         self.history.append((loss, rise))
         if rise > self.old_rise:
             if done <= HIGH_RATE_SHARE:
@@ -64,6 +64,10 @@ class EarlyStop:
         if self.patience and self.worse_epochs >= self.patience:
             return f"no lower loss on the new hold-out for {self.worse_epochs} epochs (best: {self.best_loss:.3f})"
         return ""
+
+    def rise(self, adapter: Adapter) -> float:
+        """Nats per token by which the loss on the old hold-outs lies above its start; 0 without any."""
+        return _mean(adapter, self.old) - (self.start_old or 0.0)
 
     def restore(self, adapter: Adapter) -> None:
         """Put the best weights into the adapter; the present ones stay where none were allowed."""

@@ -46,6 +46,10 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Stop after so many epochs without a lower loss on the new hold-out (0: never)."""
     early_stop_old_loss: Positive = 0.2
     """Also stop when, past half of the steps, the loss on the old hold-outs has risen by so much (nats per token)."""
+    merge_search: bool = False
+    """Mix what was trained with the weights before it: 1, 3/4, 1/2 or 1/4 new, the most that forgets little enough."""
+    merge_old_loss: NotNegative = 0.05
+    """`merge_search`: the loss on the old hold-outs may rise by so much; where it always does, it is to rise least."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     preference_beta: Positive = 0.1
     """beta of DPO and KTO for comparisons and ratings: the larger, the nearer the model stays to the version before."""

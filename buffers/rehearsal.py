@@ -4,16 +4,12 @@ A search tries its settings on what the model has learned before. The copy never
 person's data has one place less to look at; the journal itself is only read.
 """
 
+import hashlib
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from buffers import journal
-
-_COLUMNS = (
-    "id, model, hash, prompt_hash, shape, body, characters, split, state, run_id, update_number, collection, source,"
-    " subject, record_id, origin_file, origin_line, weight, failures, copies, ingested_at"
-)
 
 
 @contextmanager
@@ -24,12 +20,13 @@ def rehearsal(connection: sqlite3.Connection, model: str, updates: list[int]) ->
         for _, script in journal.MIGRATIONS:
             copy.executescript(script)
         found = connection.execute(
-            f"SELECT {_COLUMNS} FROM example WHERE model = ? AND ((split = 'eval' AND state <> 'retracted')"
+            "SELECT * FROM example WHERE model = ? AND ((split = 'eval' AND state <> 'retracted')"
             f" OR (state = 'consumed' AND update_number IN ({', '.join('?' * len(updates))})))",
             (model, *updates),
         )
-        places = ", ".join("?" * len(_COLUMNS.split(",")))
-        copy.executemany(f"INSERT INTO example ({_COLUMNS}) VALUES ({places})", found)
+        columns = [column[0] for column in found.description]
+        places = ", ".join("?" * len(columns))
+        copy.executemany(f"INSERT INTO example ({', '.join(columns)}) VALUES ({places})", found)
         copy.execute("UPDATE example SET state = 'pending', run_id = NULL WHERE update_number IS NOT NULL")
         yield copy
     finally:
@@ -54,3 +51,11 @@ def begin(copy: sqlite3.Connection, update: int, run_id: str) -> None:
 def end(copy: sqlite3.Connection, update: int) -> None:
     """What the update taught is learned."""
     copy.execute("UPDATE example SET state = 'consumed' WHERE update_number = ?", (update,))
+
+
+def fingerprint(copy: sqlite3.Connection) -> str:
+    """Changes with any example that the copy holds, or the side on which it is."""
+    digest = hashlib.sha256()
+    for row in copy.execute("SELECT hash, split, update_number FROM example ORDER BY id"):
+        digest.update(repr(row).encode())
+    return digest.hexdigest()

@@ -1,0 +1,87 @@
+"""What a search found, for people and scripts: `result.json` and its pictures beside the study."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+import msgspec
+
+from daemon.tuning import Comparison
+from daemon.web import charts
+from strategies.request import write
+from strategies.search import Trial, front
+from strategies.space import Parameter, Value
+
+STYLE = (
+    "<style>text{font:12px sans-serif;fill:#333}.grid{stroke:#ddd}.line{fill:none;stroke-width:2}"
+    ".line.series-0{stroke:#3366cc}.line.series-1{stroke:#dc3912}.dot.series-0{fill:#3366cc}.dot.series-1{fill:#dc3912}"
+    "</style>"
+)
+"""What the status page's style sheet says of its charts, for a file that stands alone."""
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """`result.json`."""
+
+    format: str = "eternad.tuning/1"
+    model: str
+    sampler: str
+    updates: list[int]
+    """Past updates that were played again; the last one was held out."""
+    space: list[Parameter]
+    trials: list[Trial]
+    best: int | None
+    """Number of the best trial."""
+    front: list[int]
+    """Numbers of the trials that no other beats in gain, rise and drift at once."""
+    importance: dict[str, float]
+    comparison: Comparison | None
+    """None when what is configured was best already."""
+    changes: dict[str, Value]
+    """What to change in the configuration; empty when the held-out update speaks against it."""
+    difference: str = ""
+
+
+def keep(directory: Path, result: Result) -> list[Path]:
+    """Write the result and its pictures; returns the files."""
+    pictures = {
+        "history.svg": _history(result.trials), "importance.svg": _importance(result.importance),
+        "front.svg": _front(result.trials),
+    }  # fmt: skip
+    write(directory / "result.json", result)
+    for name, picture in pictures.items():
+        (directory / name).write_text(picture, "utf-8")
+    return [directory / name for name in ("result.json", *pictures)]
+
+
+def _history(trials: Sequence[Trial]) -> str:
+    scored = [(trial.number, trial.value) for trial in trials if trial.value is not None]
+    best = [(float(number), max(value for _, value in scored[: place + 1])) for place, (number, _) in enumerate(scored)]
+    series: dict[str, charts.Series] = {
+        "each trial": [(float(number), value) for number, value in scored],
+        "best so far": best,
+    }
+    return _alone(charts.lines("History", series, "trial", "gain - rise - drift (weighted, nats per token)"))
+
+
+def _front(trials: Sequence[Trial]) -> str:
+    found = sorted((trial.score.rise, trial.score.gain) for trial in front(trials) if trial.score is not None)
+    return _alone(charts.lines("Pareto front", {"front": found}, "rise on the old", "gain on the new"))
+
+
+def _importance(shares: Mapping[str, float]) -> str:
+    rows = [
+        f'<text x="190" y="{22 + 24 * place}" text-anchor="end">{escape(name)}</text>'
+        f'<rect class="dot series-0" x="200" y="{10 + 24 * place}" width="{360 * share:.1f}" height="16"/>'
+        f'<text x="{206 + 360 * share:.1f}" y="{22 + 24 * place}">{share:.0%}</text>'
+        for place, (name, share) in enumerate(sorted(shares.items(), key=lambda pair: -pair[1]))
+    ]
+    height = 24 * max(len(rows), 1) + 12
+    return _alone(f'<svg viewBox="0 0 640 {height}"><title>Importance</title>{"".join(rows)}</svg>')
+
+
+def _alone(drawing: str) -> str:
+    """An SVG of a page as a file of its own; an empty one where there was nothing to draw."""
+    drawing = str(drawing) or "<svg><title>nothing yet</title></svg>"
+    start = drawing.index(">") + 1
+    return drawing[:start].replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1) + STYLE + drawing[start:]

@@ -4,6 +4,7 @@ Reads `request.json` and `experience.jsonl` in RUN_DIR and leaves `adapter/`, `s
 there; files and exit codes are described in `strategies.request`.
 """
 
+import errno
 import os
 
 # before torch is imported: spinning threads beside busy neighbours never end, and nothing here may ask the network
@@ -184,7 +185,8 @@ def attempt(run_directory: Path, pulse: Pulse) -> RunReport:
     except Failure as failure:
         code, reason = failure.code, failure.reason
     except (OSError, msgspec.MsgspecError) as error:
-        code, reason = "bad_input", f"{run_directory}: {error}"
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        code, reason = "disk_full" if is_full else "bad_input", f"{run_directory}: {error}"
     except (RuntimeError, MemoryError, ValueError, KeyError, TypeError) as error:
         traceback.print_exc()
         code = "oom" if resume.is_out_of_memory(error) else "internal"

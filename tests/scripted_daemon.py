@@ -17,5 +17,5 @@ if __name__ == "__main__":
     directory = Path(sys.argv[1])
     update.COMMAND = [sys.executable, str(directory / "lab" / "trainer.py")]
     engine = MemoryEngine()
-    serving.build = lambda settings: engine  # type: ignore[assignment]
+    serving.build = lambda *settings: engine  # type: ignore[assignment]
     sys.exit(service.run(directory / "eternad.toml"))

@@ -22,7 +22,7 @@ Make = Callable[..., Service]
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> MemoryEngine:
     memory = MemoryEngine()
-    monkeypatch.setattr(serving, "build", lambda settings: memory)
+    monkeypatch.setattr(serving, "build", lambda *settings: memory)
     return memory
 
 

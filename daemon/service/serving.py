@@ -131,9 +131,8 @@ class Serving:
         """Every few seconds: compare what each engine serves with what is desired, and mend it."""
         self._apply_reconciled()
         for name, engine in self._house.config.engines.items():
-            is_due = (
-                not 0 < self._next.get(name, 0.0) - now <= engine.reconcile_seconds
-            )  # also when the clock is set back
+            # not put off by a clock that was set back
+            is_due = not 0 < self._next.get(name, 0.0) - now <= engine.reconcile_seconds
             if is_due and not self._is_busy(name):
                 self._next[name] = now + engine.reconcile_seconds
                 wishes = self._wishes(name)

@@ -6,6 +6,7 @@ import typer
 
 from daemon.cli import (
     ask,
+    backup,
     buffer,
     context,
     doctor,
@@ -20,6 +21,7 @@ from daemon.cli import (
     setup,
     show,
     status,
+    tune,
     update,
 )
 
@@ -64,9 +66,9 @@ for command, panel in (
     (ask.ask, LOOK), (doctor.doctor, LOOK),
     (orders.scan, ACT), (update.update, ACT), (orders.rollback, ACT), (orders.pause, ACT), (orders.resume, ACT),
     (orders.cancel, ACT), (orders.requeue, ACT), (orders.reload, ACT),
-    (orders.gc, ACT), (review.erase, ACT),
+    (orders.gc, ACT), (review.erase, ACT), (tune.tune, ACT),
     (foreground.run, HOUSE), (foreground.serve, HOUSE), (gateway.gateway, HOUSE),
-    (setup.init, HOUSE), (setup.check_config, HOUSE),
+    (setup.init, HOUSE), (setup.check_config, HOUSE), (backup.backup, HOUSE), (backup.restore, HOUSE),
     (setup.install_units, HOUSE), (setup.uninstall_units, HOUSE), (setup.completion, HOUSE),
 ):  # fmt: skip
     app.command(rich_help_panel=panel)(command)

@@ -1,4 +1,4 @@
-"""Two kinds of picture as SVG, written by hand: heat maps and curves.
+"""Three kinds of picture as SVG, written by hand: heat maps, curves and bars.
 
 A plotting library in the environment would be imported by avalanche with every trainer that starts (see
 `strategies.lean_avalanche`), and a text file can be compared in a review.
@@ -84,3 +84,15 @@ def _panel(left: float, name: str, series: Mapping[str, Sequence[float]]) -> lis
 
 def _axes(left: float) -> str:
     return f'<path d="M{left:.0f} 34 V{34 + HEIGHT} H{left + WIDTH:.0f}" fill="none" stroke="#888"/>'
+
+
+def bars(title: str, values: Mapping[str, float]) -> str:
+    """One horizontal bar per name, in the order given."""
+    left, step, longest = 220, 26, max(values.values())
+    parts = [_text(left, 18, title, 13, "start", 'font-weight="bold"')]
+    for place, (name, value) in enumerate(values.items()):
+        y, length = 32 + step * place, WIDTH * value / longest
+        parts.append(_text(left - 8, y + 14, name, anchor="end"))
+        parts.append(f'<rect x="{left}" y="{y}" width="{length:.0f}" height="18" fill="{_colour(min(place, 1))}"/>')
+        parts.append(_text(left + length + 6, y + 14, f"{value:.0f}", anchor="start"))
+    return _svg(left + WIDTH + 60, 40 + step * len(values), parts)

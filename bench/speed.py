@@ -1,0 +1,200 @@
+"""`make bench`: our training step, strategies, fixed costs and swaps, measured against the peers.
+
+`python -m bench.speed [--quick] [--json FILE] [--parts trainers,strategies,update,swap]`
+
+Every trainer runs in a child process of its own, in turn (A B C A B C), on the same documents, adapter and optimiser,
+on one thread; medians and ratios go between the markers of `docs/performance.md`, a picture beside it. TRL and its
+libraries live in `.venv-bench`, which is made on first use and borrows everything else from `.venv`.
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import venv
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from bench.peers.documents import batches
+from bench.peers.work import Result, Work
+from bench.speed_report import Findings, Overhead, write_page
+
+ROOT = Path(__file__).resolve().parent.parent
+PEERS = ROOT / ".venv-bench"
+LOCK = ROOT / "requirements-bench.lock"
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore",
+}  # fmt: skip
+
+
+class Trainer(NamedTuple):
+    """One contestant."""
+
+    title: str
+    module: str
+    variant: str
+    steps: int
+    """The slow ones do fewer; all batches have the same lengths."""
+
+
+OURS = "eternad"
+TRAINERS = (
+    Trainer(OURS, "ours", "", 4),
+    Trainer("TRL, padding-free, bf16", "trainers", "trl-padding-free", 2),
+    Trainer("TRL, packing bfd, bf16", "trainers", "trl-packing", 2),
+    Trainer("TRL SFTTrainer, defaults", "trainers", "trl", 2),
+    Trainer("HF Trainer + PEFT, defaults", "trainers", "hf", 2),
+    Trainer("Avalanche Naive + PEFT", "avalanche_naive", "", 2),
+)
+STRATEGIES = ("ewc", "replay", "distill", "agem", "gem")
+PARTS = ("trainers", "strategies", "update", "swap")
+CHILD_SECONDS = 600
+
+
+def make_peers_environment() -> Path:
+    """Python of `.venv-bench`, made when it is missing or its lock file has changed."""
+    python, stamp = PEERS / "bin" / "python", PEERS / "installed"
+    if stamp.exists() and stamp.read_text("utf-8") == LOCK.read_text("utf-8"):
+        return python
+    say("making .venv-bench")
+    venv.create(PEERS, with_pip=False, clear=True)
+    libraries = PEERS / "lib" / f"python{platform.python_version().rpartition('.')[0]}" / "site-packages"
+    (libraries / "main.pth").write_text(sysconfig.get_path("purelib") + "\n", "utf-8")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-compile", "--target", str(libraries)]
+    subprocess.run([*pip, "-r", str(LOCK)], check=True)
+    stamp.write_text(LOCK.read_text("utf-8"), "utf-8")
+    return python
+
+
+def say(text: str) -> None:
+    """Progress."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def run_child(python: Path, module: str, work: Work, variant: str = "") -> bytes | None:
+    """The result of one child, or None where it failed: its last lines are said."""
+    with tempfile.TemporaryDirectory() as directory:
+        given, result = Path(directory) / "work.json", Path(directory) / "result.json"
+        given.write_bytes(msgspec.json.encode(work))
+        command = [str(python), "-m", f"bench.peers.{module}", str(given), str(result), variant]
+        environment = {**os.environ, **ENVIRONMENT}
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=CHILD_SECONDS, check=False
+        )
+        if done.returncode == 0 and result.exists():
+            return result.read_bytes()
+        say(f"{module} {variant} failed ({done.returncode}): " + " | ".join(done.stderr.splitlines()[-4:]))
+        return None
+
+
+class Bench:
+    """One run of the bench."""
+
+    def __init__(self, base: Path, general: Path, rounds: int, quick: bool) -> None:
+        self.rounds, self.quick = rounds, quick
+        self.work = Work(
+            base=str(base), batches=batches(base, general, 4), texts=[str(general)], rounds=1 if quick else 3
+        )
+        self.findings = Findings(
+            date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), processor=processor(), load=list(os.getloadavg()),
+            versions=versions(), rounds=rounds, base=base.name,
+        )  # fmt: skip
+
+    def trainers(self) -> None:
+        """Everybody in turn; a peer that cannot be made to run stands with its reason on stderr and without figures."""
+        python = make_peers_environment()
+        for number in range(self.rounds):
+            found = run_child(Path(sys.executable), "gemm", self.work)
+            if found is not None:
+                self.findings.gemm.append(msgspec.json.decode(found, type=dict[str, float]))
+            for trainer in TRAINERS:
+                self._train(python, trainer, number)
+
+    def _train(self, python: Path, trainer: Trainer, number: int) -> None:
+        steps = min(trainer.steps, 2) if self.quick else trainer.steps
+        work = msgspec.structs.replace(self.work, steps=steps)
+        found = run_child(python, trainer.module, work, trainer.variant)
+        if found is None:
+            return
+        result = msgspec.json.decode(found, type=Result)
+        self.findings.trainers.setdefault(trainer.title, []).append(result)
+        rate = f"{result.tokens_per_cpu_second:.1f} tokens per CPU second, {result.peak_bytes / 1e9:.2f} GB"
+        say(f"round {number + 1}: {trainer.title}: {rate}, losses {[round(loss, 3) for loss in result.losses[:2]]}")
+
+    def strategies(self) -> None:
+        """Each beside naive training in one process."""
+        smaller = [batch[:4] for batch in self.work.batches]
+        work = msgspec.structs.replace(self.work, batches=smaller, steps=2 if self.quick else 3)
+        for name in STRATEGIES:
+            found = run_child(Path(sys.executable), "overhead", work, name)
+            if found is not None:
+                self.findings.strategies[name] = msgspec.json.decode(found, type=Overhead)
+                say(f"{name}: {self.findings.strategies[name].ratio:.3f} x naive")
+
+    def update(self) -> None:
+        """A whole update of 64 examples; imports and installation."""
+        self._numbers("update")
+
+    def swap(self) -> None:
+        """The embedded engine takes over a new adapter."""
+        self._numbers("swap")
+
+    def _numbers(self, module: str) -> None:
+        found = run_child(Path(sys.executable), module, self.work)
+        if found is not None:
+            self.findings.numbers |= msgspec.json.decode(found, type=dict[str, float])
+
+
+def processor() -> str:
+    """The CPU's model and how many of its cores we may use."""
+    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that decide the figures."""
+    from importlib.metadata import version
+
+    peers = [line.partition("==") for line in LOCK.read_text("utf-8").splitlines() if "==" in line]
+    ours = {name: version(name) for name in ("torch", "transformers", "peft", "avalanche-lib")}
+    return ours | {name: number for name, _, number in peers if name == "trl"}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m bench.speed", description="Speed against the peers.")
+    made.add_argument("--base", type=Path, default=ROOT / ".cache" / "base" / "smollm2-135m")
+    made.add_argument("--general", type=Path, default=ROOT / "examples" / "biblioteca" / "general")
+    made.add_argument("--rounds", type=int, default=3)
+    made.add_argument("--parts", default=",".join(PARTS), help="which parts to run")
+    made.add_argument("--json", type=Path, help="also write everything that was measured there")
+    made.add_argument("--docs", type=Path, default=ROOT / "docs")
+    made.add_argument("--quick", action="store_true", help="one round: a smoke, not a measurement; no page is written")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module's text."""
+    given = parser().parse_args(arguments)
+    bench = Bench(given.base.absolute(), given.general, 1 if given.quick else given.rounds, given.quick)
+    parts: dict[str, Callable[[], Any]] = {name: getattr(bench, name) for name in PARTS}
+    for name in given.parts.split(","):
+        parts[name]()
+        if given.json:
+            given.json.write_bytes(msgspec.json.encode(bench.findings))
+    if not given.quick:
+        say(f"wrote {write_page(bench.findings, given.docs)}")
+
+
+if __name__ == "__main__":
+    main()

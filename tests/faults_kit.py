@@ -3,7 +3,7 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,8 @@ import msgspec
 import pytest
 from service_kit import MemoryEngine, make_config, use_trainer
 
-from daemon.config import Config
 from daemon.service import Service, serving
 from daemon.state import runs
-
-Make = Callable[..., Service]
 
 
 @pytest.fixture(name="engine")
@@ -33,26 +30,35 @@ def lab_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "lab"
 
 
+class Make:
+    """Opens a service; again with the same state is a restart of the daemon."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._opened: Service | None = None
+
+    def __call__(
+        self, state: Path | None = None, /, changes: dict[str, Any] | None = None, **model: Any
+    ) -> Service:  # fmt: skip
+        self.close()
+        config = make_config(self._directory, **model)
+        wanted = {"state_directory": state or config.state_directory, **(changes or {})}
+        self._opened = Service(msgspec.structs.replace(config, **wanted), self._directory / "eternad.toml")
+        return self._opened
+
+    def close(self) -> None:
+        """As SIGTERM does."""
+        service, self._opened = self._opened, None
+        if service is not None:
+            service.close()
+
+
 @pytest.fixture(name="make")
 def make_fixture(tmp_path: Path, lab: Path, engine: MemoryEngine) -> Iterator[Make]:
-    """Opens a service; again with the same state is a restart of the daemon."""
-    opened: list[Service] = []
-
-    def close() -> None:
-        for service in opened:
-            service.close()
-        opened.clear()
-
-    def start(state: Path | None = None, /, changes: dict[str, Any] | None = None, **model: Any) -> Service:
-        close()
-        config: Config = make_config(tmp_path, **model)
-        wanted = {"state_directory": state or config.state_directory, **(changes or {})}
-        service = Service(msgspec.structs.replace(config, **wanted), tmp_path / "eternad.toml")
-        opened.append(service)
-        return service
-
-    yield start
-    close()
+    """Closed in the end."""
+    make = Make(tmp_path)
+    yield make
+    make.close()
 
 
 @pytest.fixture(name="small_disk")

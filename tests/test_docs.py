@@ -11,6 +11,8 @@ import msgspec
 import pytest
 import typer
 
+from buffers.policy import Buffer
+from buffers.replay_buffer import POLICIES
 from daemon import cli, config_text
 from daemon.cli.app import app
 from daemon.config import BY_NAME, Config, Model, load
@@ -19,6 +21,7 @@ from daemon.web.reference import reference as metrics_reference
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 OPERATE = (DOCS / "operate.md").read_text("utf-8")
+STRATEGIES = (DOCS / "strategies.md").read_text("utf-8")
 CONFIGURE = (DOCS / "configure.md").read_text("utf-8")
 SAFE = ("init", "check-config", "completion", "status", "history", "versions")
 """Commands that the README's lines may really run, in an empty directory."""
@@ -94,6 +97,26 @@ def test_every_key_of_the_program_is_explained() -> None:
             assert key.name == field.encode_name
             assert key.kind != "table" or key.is_table, f"{table.__name__}.{key.name}: what is {key.kind}?"
             assert f"| `{key.name}` | {key.kind.replace('|', chr(92) + '|')} |" in CONFIGURE
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_every_strategy_is_told_with_its_parameters_and_defaults(name: str) -> None:
+    """What it does, its source, when to use it, what it costs or what was measured; no parameter more or less."""
+    section = STRATEGIES.partition(f"\n### `{name}`\n")[2].partition("\n### ")[0].partition("\n## ")[0]
+    parameters = re.search(r"^- Parameters: (.*)\.$", section, re.MULTILINE)
+    assert parameters is not None
+    assert parameters[1] == ", ".join(f"`{key.name} = {key.default}`" for key in config_text.keys_of(BY_NAME[name]))
+    assert "arXiv:" in section
+    assert "- Use it: " in section
+    assert "- Measured" in section
+
+
+def test_every_policy_of_the_buffer_is_told() -> None:
+    """A row of the table each, and every key of its table in the text."""
+    for policy in POLICIES:
+        assert f"\n| `{policy}` |" in STRATEGIES
+    for key in config_text.keys_of(Buffer):
+        assert f"`{key.name}`" in STRATEGIES, key.name
 
 
 def test_no_table_of_the_configuration_is_left_out() -> None:

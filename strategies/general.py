@@ -1,9 +1,9 @@
 """General text for a model without a `general_directory`: written once by the base model itself.
 
-What a model samples from itself replays its training nearly as well as stored text (Marek et al., arXiv:2605.26097), and
-a small fixed set is enough (GeRe, Zhang et al., arXiv:2508.04676). Half of it answers plain questions; the other half
-begins with the token that begins every text, where a chat model writes both sides of a conversation (Magpie, Xu et al.,
-arXiv:2406.08464). Drawn at temperature 1 without top-k or top-p, from the distribution itself: the mean of
+What a model samples from itself replays its training nearly as well as stored text (Marek et al., arXiv:2605.26097),
+and a small fixed set is enough (GeRe, Zhang et al., arXiv:2508.04676). Half of it answers plain questions; the other
+half begins with the token that begins every text, where a chat model writes both sides of a conversation (Magpie, Xu
+et al., arXiv:2406.08464). Drawn at temperature 1 without top-k or top-p, from the distribution itself: the mean of
 KL(base || model) over it estimates the divergence of the two as generators of text.
 """
 

@@ -6,15 +6,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
-from service_kit import MemoryEngine, drop, make_config, turn_until, use_trainer
+from service_kit import MemoryEngine, drop, make_config, report, turn_until, use_trainer
 
 from buffers import journal
+from buffers.policy import Buffer
+from buffers.replay_buffer import members
 from daemon.config import Schedule
 from daemon.control import Action, Command, Order, Reply
 from daemon.service import Service, serving
 from daemon.state import runs
 from daemon.state.database import transaction
+from strategies.request import read_request
 
 Make = Callable[..., Service]
 
@@ -69,6 +73,17 @@ def learn(service: Service, numbers: range) -> None:
     drop(service, numbers)
     turn_until(service, lambda: len(runs.recent(service.house.database, "npc", 1000)) > before)
     turn_until(service, lambda: state_of(service) == "LIVE")
+
+
+def test_what_was_hard_is_remembered_when_its_version_goes_live(make: Make, lab: Path) -> None:
+    """The policy `surprise` asks the trainer for losses, and they become durable with the version they belong to."""
+    reported = msgspec.structs.replace(report(1.0), example_losses=[(2, 2.5), (3, 0.5)])
+    (lab / "good.json").write_bytes(msgspec.json.encode(reported))
+    service = make(buffer=Buffer(policy="surprise", uniform_share=0.0))
+    learn(service, range(8))
+    (run,) = runs.recent(service.house.database, "npc", 5)
+    assert read_request(service.updates.directory(run)).report_losses
+    assert members(service.house.database, "npc", Buffer(policy="surprise", uniform_share=0.0))[:2] == [2, 3]
 
 
 def test_a_drop_becomes_the_live_version(make: Make, engine: MemoryEngine) -> None:

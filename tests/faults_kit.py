@@ -63,10 +63,10 @@ def make_fixture(tmp_path: Path, lab: Path, engine: MemoryEngine) -> Iterator[Ma
 
 @pytest.fixture(name="small_disk")
 def small_disk_fixture(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MiB in memory."""
+    """A file system of 8 MiB and 1,000 files in memory."""
     place = tmp_path / "disk"
     place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m,nr_inodes=1000", "tmpfs", str(place)]
     if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("mounting a tmpfs needs root and CAP_SYS_ADMIN")
     yield place

@@ -89,6 +89,37 @@ def test_a_disk_that_fills_up_while_publishing_leaves_no_half_version(
     assert integrity(service) == "ok"
 
 
+def use_up_inodes(place: Path) -> list[Path]:
+    """Empty files until there can be no more."""
+    made: list[Path] = []
+    try:
+        while True:
+            made.append(place / f"inode.{len(made)}")
+            made[-1].touch()
+    except OSError:
+        return made[:-1]
+
+
+def test_without_an_inode_left_nothing_is_published_until_there_is_one(
+    small_disk: Path, make: Make, engine: MemoryEngine, lab: Path
+) -> None:
+    """There are bytes enough, but no file can be made: the same answer as to a full disk."""
+    service = make(small_disk / "state")
+    drop(service, range(10))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(service.updates, "_publish", lambda run: None)
+        service.updates._steps["ACCEPTED"] = lambda run: service.updates._publish(run)
+        turn_until(service, lambda: state_of(service) == "ACCEPTED")
+    used = use_up_inodes(small_disk)
+    turns(service, 3, time.time())
+    assert state_of(service) == "ACCEPTED"
+    assert service.patience.counts["disk_full"] >= 2
+    for path in used:
+        path.unlink()
+    turn_until(service, lambda: state_of(service) == "LIVE")
+    assert (lab / "trained").read_text().split() == ["npc-00001"]
+
+
 def test_no_trainer_starts_on_a_disk_that_is_nearly_full(
     make: Make, monkeypatch: pytest.MonkeyPatch, lab: Path
 ) -> None:

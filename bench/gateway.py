@@ -2,6 +2,7 @@
 
     python -m bench.gateway                      # 8 clients, an engine that thinks for 20 ms
     python -m bench.gateway --clients 1 --think-ms 0
+    python -m bench.gateway --unix               # by Unix sockets instead of TCP
 
 Engine and gateway are processes of their own; this one only measures, with the gateway's own HTTP client. Blocks
 alternate, so that whatever else the machine does falls on both alike.
@@ -64,7 +65,12 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def configure(directory: Path, gateway_port: int, engine_url: str) -> Path:
+def address(directory: Path, name: str, *, is_unix: bool) -> str:
+    """A url for a server of this bench."""
+    return f"unix:{directory / name}" if is_unix else f"http://127.0.0.1:{free_port()}"
+
+
+def configure(directory: Path, gateway_url: str, engine_url: str) -> Path:
     """A configuration and a table with one alias."""
     (directory / "base").mkdir()
     (directory / "base" / "config.json").write_text("{}")
@@ -75,7 +81,7 @@ def configure(directory: Path, gateway_port: int, engine_url: str) -> Path:
     path.write_text(
         'library_directory = "library"\nstate_directory = "state"\n'
         f'[engines.local]\nurls = ["{engine_url}"]\n[models.npc]\nbase_path = "base"\nengine = "local"\n'
-        f'[gateway]\naddress = "127.0.0.1:{gateway_port}"\n'
+        f'[gateway]\naddress = "{gateway_url.removeprefix("http://")}"\n'
     )
     return path
 
@@ -150,13 +156,16 @@ def main() -> None:
     parser.add_argument("--think-ms", type=float, default=20.0)
     parser.add_argument("--requests", type=int, default=400, help="of one block")
     parser.add_argument("--blocks", type=int, default=5, help="of each side")
+    parser.add_argument("--unix", action="store_true", help="Unix sockets, as the systemd units have them, not TCP")
     options = parser.parse_args()
-    ports = free_port(), free_port()
-    direct, gateway = (Replica(f"http://127.0.0.1:{port}", None, 2.0, 60.0) for port in ports)
-    with tempfile.TemporaryDirectory() as directory:
-        config = configure(Path(directory), ports[1], direct.url)
-        uvicorn = ["-m", "uvicorn", "bench.gateway:engine", "--port", str(ports[0]), "--no-access-log",
-                   "--log-level", "warning", "--lifespan", "off"]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        urls = [address(directory, name, is_unix=options.unix) for name in ("engine.sock", "front.sock")]
+        direct, gateway = (Replica(url, None, 2.0, 60.0) for url in urls)
+        config = configure(directory, urls[1], urls[0])
+        place = ["--uds", urls[0].removeprefix("unix:")] if options.unix else ["--port", urls[0].rpartition(":")[2]]
+        uvicorn = ["-m", "uvicorn", "bench.gateway:engine", *place, "--no-access-log", "--log-level", "warning",
+                   "--lifespan", "off"]  # fmt: skip
         children = [
             start(*uvicorn, think_ms=options.think_ms),
             start("-m", "daemon", "gateway", "--config", str(config)),

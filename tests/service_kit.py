@@ -159,10 +159,10 @@ def make_config(directory: Path, **model: Any) -> Config:
     )  # fmt: skip
 
 
-def drop(service: Service, numbers: range, model: str = "npc") -> None:
+def drop(service: Service, numbers: range, model: str = "npc", answer: str = "a") -> None:
     """Examples as an ingested file leaves them."""
     items = [
-        (Example(shape="demonstration", prompt=f"q{n}", completion=f"a{n}"), Origin(file="f.jsonl", line=n))
+        (Example(shape="demonstration", prompt=f"q{n}", completion=f"{answer}{n}"), Origin(file="f.jsonl", line=n))
         for n in numbers
     ]
     with transaction(service.house.database) as connection:

@@ -99,8 +99,8 @@ def run_child(python: Path, module: str, work: Work, variant: str = "") -> bytes
 class Bench:
     """One run of the bench."""
 
-    def __init__(self, base: Path, general: Path, rounds: int, quick: bool) -> None:
-        self.rounds, self.quick = rounds, quick
+    def __init__(self, base: Path, general: Path, rounds: int, quick: bool, copy: Path | None = None) -> None:
+        self.rounds, self.quick, self.copy = rounds, quick, copy
         self.work = Work(
             base=str(base), batches=batches(base, general, 4), texts=[str(general)], rounds=1 if quick else 3
         )
@@ -127,8 +127,14 @@ class Bench:
             return
         result = msgspec.json.decode(found, type=Result)
         self.findings.trainers.setdefault(trainer.title, []).append(result)
+        self.keep()
         rate = f"{result.tokens_per_cpu_second:.1f} tokens per CPU second, {result.peak_bytes / 1e9:.2f} GB"
         say(f"round {number + 1}: {trainer.title}: {rate}, losses {[round(loss, 3) for loss in result.losses[:2]]}")
+
+    def keep(self) -> None:
+        """Write what was found so far to the copy that was asked for."""
+        if self.copy:
+            self.copy.write_bytes(msgspec.json.encode(self.findings))
 
     def strategies(self) -> None:
         """Each beside naive training in one process."""
@@ -186,12 +192,11 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """See the module's text."""
     given = parser().parse_args(arguments)
-    bench = Bench(given.base.absolute(), given.general, 1 if given.quick else given.rounds, given.quick)
+    bench = Bench(given.base.absolute(), given.general, 1 if given.quick else given.rounds, given.quick, given.json)
     parts: dict[str, Callable[[], Any]] = {name: getattr(bench, name) for name in PARTS}
     for name in given.parts.split(","):
         parts[name]()
-        if given.json:
-            given.json.write_bytes(msgspec.json.encode(bench.findings))
+        bench.keep()
     if not given.quick:
         say(f"wrote {write_page(bench.findings, given.docs)}")
 

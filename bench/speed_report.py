@@ -136,9 +136,10 @@ def verdict(what: str, value: float | None, target: float, at_most: bool = False
 
 def text_of(findings: Findings) -> str:
     """What stands between the markers."""
+    rounds = min((len(results) for results in findings.trainers.values()), default=findings.rounds)
     about = (
         f"Measured {findings.date} on {findings.processor}, load average at the start"
-        f" {' '.join(f'{value:.1f}' for value in findings.load)}, one thread, {findings.rounds} rounds in turn;"
+        f" {' '.join(f'{value:.1f}' for value in findings.load)}, one thread, {rounds} rounds in turn;"
         f" {', '.join(f'{name} {number}' for name, number in findings.versions.items())}."
     )
     parts = [about]

@@ -98,6 +98,33 @@ def test_rankings_count_preferred_answers_that_are_more_probable(adapter: Adapte
     assert score(adapter, Probes(items, {}, [])).losses["new"] == []
 
 
+def test_a_first_update_has_drifted_from_the_base_alone(adapter: Adapter) -> None:
+    """The version before was a fresh adapter, which is the base: both drifts are one, and are measured once."""
+    fresh = {name: weights.zero_() if ".lora_B." in name else weights for name, weights in adapter.tensors().items()}
+    previous = torch.cat([weights.reshape(-1) for weights in fresh.values()])
+    probes = Probes([], {1: make_items(3)}, [])
+    scores = score(adapter, probes)
+    found = evaluation(adapter, probes, scores, scores, previous, seed=0)
+    assert found.drift_base is not None
+    assert found.drift_base == found.drift_previous
+    with adapter.holding(previous):
+        assert divergence(adapter, probes.drifting(), adapter.disabled()).abs().max() < 1e-9
+
+
+def test_noise_looks_at_a_few_examples_of_a_large_group(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most eight forward passes per group, and the same examples on both sides."""
+    probes = Probes(make_items(30), {}, [])
+    scores, asked = score(adapter, probes), []
+
+    def counted(adapter: Adapter, items: list[Item], tokens: int) -> torch.Tensor:
+        asked.append(len(items))
+        return token_losses(adapter, items, tokens)
+
+    monkeypatch.setattr("strategies.evaluate.token_losses", counted)
+    assert 0 <= noise(adapter, probes, scores) < 1e-5
+    assert asked == [8]
+
+
 def test_noise_is_small_and_not_negative(adapter: Adapter) -> None:
     """In float32 other micro-batches change the losses by rounding only."""
     probes = Probes(make_items(8), {}, [])

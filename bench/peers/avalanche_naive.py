@@ -23,7 +23,7 @@ class Classifier(nn.Module):
     """A language model as Avalanche wants one: scores per position, classes in the second dimension."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -87,10 +87,11 @@ def measure(work: Work, _: str) -> Result:
     strategy = Naive(
         model=model, optimizer=torch.optim.AdamW(trained, lr=work.learning_rate, weight_decay=work.weight_decay),
         criterion=nn.CrossEntropyLoss(ignore_index=IGNORED), train_mb_size=len(work.batches[0]), train_epochs=1,
-        plugins=[watch], evaluator=EvaluationPlugin(loggers=[Silent()]),
+        plugins=[watch], evaluator=EvaluationPlugin(loggers=[Silent()]),  # type: ignore[no-untyped-call]
     )  # fmt: skip
     dataset = AvalancheDataset([Documents(work.documents)], collate_fn=collate)
-    strategy.train(DatasetExperience(dataset=dataset, current_experience=0), shuffle=False, num_workers=0)
+    experience = DatasetExperience(dataset=dataset, current_experience=0)
+    strategy.train(experience, eval_streams=[], shuffle=False, num_workers=0)
     return result_of(work, watch.marks)
 
 

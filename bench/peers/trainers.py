@@ -28,14 +28,15 @@ def peft_model(work: Work, dtype: torch.dtype, attention: str = "sdpa") -> Any:
     config = LoraConfig(
         r=work.rank, lora_alpha=int(work.alpha), lora_dropout=0.0, task_type="CAUSAL_LM", target_modules="all-linear"
     )
-    return get_peft_model(model, config)
+    with warnings.catch_warnings(action="ignore"):  # peft asks transformers for a property by its old name
+        return get_peft_model(model, config)
 
 
 def watched(trainer: type[Any]) -> type[Any]:
     """The trainer with the documents in their order, and its step ends marked."""
     from torch.utils.data import SequentialSampler
 
-    class Watched(trainer):  # type: ignore[misc]
+    class Watched(trainer):  # type: ignore[misc,unused-ignore]
         def _get_train_sampler(self, dataset: Any = None) -> Any:
             return SequentialSampler(dataset if dataset is not None else self.train_dataset)
 
@@ -46,7 +47,7 @@ def stopwatch(marks: list[Mark]) -> Any:
     """A callback that marks the end of every step."""
     from transformers import TrainerCallback
 
-    class Stopwatch(TrainerCallback):  # type: ignore[misc]
+    class Stopwatch(TrainerCallback):  # type: ignore[misc,unused-ignore]
         def on_step_end(self, *_: Any, **__: Any) -> None:
             marks.append(mark())
 
@@ -65,7 +66,7 @@ def options(work: Work, directory: str) -> dict[str, Any]:
 
 def rows_of(documents: Sequence[list[int]], labelled: bool) -> Any:
     """A dataset of token ids."""
-    import datasets
+    import datasets  # type: ignore[import-not-found]
 
     rows: dict[str, list[list[int]]] = {"input_ids": list(documents)}
     if labelled:
@@ -87,7 +88,7 @@ def hf(work: Work, directory: str) -> Any:
 def trl(work: Work, directory: str, variant: str) -> Any:
     """TRL's SFTTrainer."""
     from transformers import AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found]
 
     given = options(work, directory) | {"max_length": max(len(document) for document in work.documents)}
     if variant in BEST:

@@ -1,0 +1,133 @@
+"""The speed bench on the tiny model: same data for everybody, losses that agree, a page that says what was found."""
+
+import random
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from bench.peers import avalanche_naive, gemm, ours, overhead, swap, work
+from bench.peers.documents import LENGTHS, batches
+from bench.peers.work import Mark, Result, Work
+from bench.speed import parser
+from bench.speed_report import BEGIN, END, Findings, Overhead, agrees, ratio, write_page
+from strategies.dataset import batches as shuffled
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def small(tiny_base: Path) -> Work:
+    """Two steps of three short documents."""
+    made = batches(tiny_base, ROOT / "examples" / "biblioteca" / "general", 2, lengths=(9, 14, 30))
+    return Work(base=str(tiny_base), batches=made, rank=4, alpha=8.0)
+
+
+def test_every_batch_has_the_same_lengths(tiny_base: Path) -> None:
+    """Else the steps of a slow trainer that does fewer could not be compared; 47 % of a padded batch is real."""
+    made = batches(tiny_base, ROOT / "examples" / "biblioteca" / "general", 3)
+    assert [sorted(map(len, batch)) for batch in made] == [sorted(LENGTHS)] * 3
+    assert made == batches(tiny_base, ROOT / "examples" / "biblioteca" / "general", 3)
+    assert sum(LENGTHS) / (len(LENGTHS) * max(LENGTHS)) == pytest.approx(0.47, abs=0.005)
+
+
+def test_our_loop_takes_the_documents_in_the_peers_order() -> None:
+    """The loop's shuffle is undone beforehand."""
+    items = ours.items_of([[random.randrange(9)] * 3 for _ in range(23)])
+    again = [item for batch in shuffled(ours.unshuffled(items, seed=5), 4, seed=5, epoch=0) for item in batch]
+    assert again == items
+
+
+def test_losses_of_the_first_steps_agree_with_the_plain_padded_loop(small: Work) -> None:
+    """Ours without padding and Avalanche's own loop with it: the same losses before and after a step."""
+    mine, plain = ours.measure(small, ""), avalanche_naive.measure(small, "")
+    assert mine.losses == pytest.approx(plain.losses, abs=0.02)
+    assert mine.losses[0] != pytest.approx(mine.losses[1], abs=1e-4)
+    assert mine.timed_tokens == plain.timed_tokens == 9 + 14 + 30
+
+
+@pytest.mark.parametrize("name", ["ewc", "replay", "distill", "agem", "gem"])
+def test_a_strategy_is_measured_on_the_documents_of_the_naive_phase(small: Work, name: str) -> None:
+    """The first losses are the same up to what distillation adds, which is nothing at a fresh adapter."""
+    found = overhead.measure(small, name)
+    assert found.ratio > 0
+    assert found.first_losses[0] == pytest.approx(found.first_losses[1], abs=0.02)
+
+
+def test_a_swap_is_timed(small: Work) -> None:
+    """Stage, commit and flip each take some time."""
+    assert {name: value > 0 for name, value in swap.measure(small, "").items()} == {
+        "swap, stage ms": True, "swap, commit ms": True, "swap, flip ms": True,
+    }  # fmt: skip
+
+
+def test_the_peak_of_products_is_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a megaflop per second, less than a petaflop."""
+    monkeypatch.setattr(gemm, "SIZE", 256)
+    assert 1e6 < gemm.rate(torch.float32) < 1e15
+
+
+def test_the_peak_of_memory_can_be_forgotten() -> None:
+    """What was used before does not count for what comes after."""
+    block = torch.ones(30_000_000)
+    high = work.peak_bytes()
+    del block
+    work.forget_peak()
+    assert work.peak_bytes() < high - 50_000_000
+
+
+def result(tokens_per_second: float, loss: float, peak: int) -> Result:
+    """Two steps, 100 tokens in the second."""
+    end = 100 / tokens_per_second
+    return Result(
+        marks=[Mark(cpu=0, wall=0, loss=loss), Mark(cpu=end, wall=2 * end, loss=loss)],
+        timed_tokens=100,
+        peak_bytes=peak,
+    )
+
+
+@pytest.fixture
+def findings() -> Findings:
+    """Ours three times as fast as TRL; HF's losses are wrong."""
+    return Findings(
+        date="2026-11-22", processor="some CPU", load=[1.0, 2.0, 3.0], versions={"torch": "2"}, rounds=1, base="tiny",
+        gemm=[{"bfloat16": 4e11, "float32": 1e11}],
+        trainers={"eternad": [result(300, 3.0, 10**9)], "TRL, best": [result(100, 3.05, 3 * 10**9)],
+                  "HF Trainer": [result(50, 4.0, 4 * 10**9)]},
+        strategies={"ewc": Overhead(ratio=1.01, step_seconds=1, extra_bytes=10**6, first_losses=[3.0, 3.0])},
+        numbers={"spawn to first step": 7.5, "installed": 1.5e9},
+    )  # fmt: skip
+
+
+def test_ratios_and_agreement(findings: Findings) -> None:
+    """Faster by the ratio of tokens per CPU second; losses further apart than the tolerance are called out."""
+    assert ratio(findings, "TRL, best") == pytest.approx(3.0)
+    assert agrees(findings, "TRL, best") is True
+    assert agrees(findings, "HF Trainer") is False
+
+
+def test_the_page_keeps_its_prose(findings: Findings, tmp_path: Path) -> None:
+    """Only what stands between the markers is replaced, however often."""
+    (tmp_path / "performance.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", "utf-8")
+    for _ in range(2):
+        write_page(findings, tmp_path)
+    text = (tmp_path / "performance.md").read_text("utf-8")
+    assert text.startswith("before\n" + BEGIN)
+    assert text.endswith(END + "\nafter\n")
+    assert "old" not in text
+    assert "**3.00x** (target: >= 2.0x, met)" in text
+    assert "4.000, 4.000 (differ)" in text
+    assert (tmp_path / "performance.svg").read_text("utf-8").count("<rect") == 4
+
+
+def test_findings_travel_as_json(findings: Findings) -> None:
+    """`--json` loses nothing."""
+    assert msgspec.json.decode(msgspec.json.encode(findings), type=Findings) == findings
+
+
+def test_the_page_of_the_repository_has_its_markers() -> None:
+    """The bench would not know where to write."""
+    assert parser().parse_args([]).docs == ROOT / "docs"
+    text = (ROOT / "docs" / "performance.md").read_text("utf-8")
+    assert text.index(BEGIN) < text.index(END)

@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check bench bench-forgetting lock wheel-check clean
+.PHONY: help install demo test test-slow wheel-check check bench bench-forgetting lock wheel-check clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -46,10 +46,7 @@ bench: install ## our training step, ingest and swap against the peers
 bench-forgetting: install ## sequences of tasks: what each strategy keeps
 	$(BIN)/python -m bench.forgetting
 
-wheel-test-slow: install ## the long checks: hundreds of kills, ten thousand requests under swaps
-	$(BIN)/python -m pytest -m slow
-
-check: .venv/installed ## build the wheel, install it elsewhere and run it from /
+wheel-check: .venv/installed ## build the wheel, install it elsewhere and run it from /
 	rm -rf build dist && $(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
 	$(PYTHON) -m venv dist/venv && dist/venv/bin/pip install -q --no-deps dist/*.whl
 	cp -r $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') dist/libraries

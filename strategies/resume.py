@@ -1,5 +1,7 @@
 """The bridge between a running loop and its checkpoint: everything that makes a resumed run equal an unbroken one."""
 
+import errno
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,13 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _early_notes(early: EarlyStop) -> dict[str, Any]:
     keys = ("start_old", "best_loss", "worse_epochs", "history")
     return {key: getattr(early, key) for key in keys}
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether it was the disk; safetensors keeps the system's words and loses its number."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

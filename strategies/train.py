@@ -4,7 +4,6 @@ Reads `request.json` and `experience.jsonl` in RUN_DIR and leaves `adapter/`, `s
 there; files and exit codes are described in `strategies.request`.
 """
 
-import errno
 import os
 
 # before torch is imported: spinning threads beside busy neighbours never end, and nothing here may ask the network
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import msgspec
 import torch
+from safetensors import SafetensorError
 
 from buffers import experience
 from buffers.experience import Role
@@ -184,9 +184,9 @@ def attempt(run_directory: Path, pulse: Pulse) -> RunReport:
         return update(run_directory, request, pulse)
     except Failure as failure:
         code, reason = failure.code, failure.reason
-    except (OSError, msgspec.MsgspecError) as error:
-        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        code, reason = "disk_full" if is_full else "bad_input", f"{run_directory}: {error}"
+    except (OSError, msgspec.MsgspecError, SafetensorError) as error:
+        code = "disk_full" if resume.is_disk_full(error) else "bad_input"
+        reason = f"{run_directory}: {error}"
     except (RuntimeError, MemoryError, ValueError, KeyError, TypeError) as error:
         traceback.print_exc()
         code = "oom" if resume.is_out_of_memory(error) else "internal"

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 from faults_kit import Make, engine_fixture, fill, lab_fixture, make_fixture, small_disk_fixture, state_of
-from kill_kit import write_drop
-from service_kit import MemoryEngine, drop, turn_until
+from kill_kit import consumed, scripted, wait, write_drop
+from service_kit import MemoryEngine, drop, prepare_lab, turn_until
+from test_kill import CONFIG, start_for_good
 
 from buffers import journal
 from daemon import publish
@@ -242,3 +243,30 @@ def test_what_is_no_trouble_of_the_disk_is_raised(make: Make) -> None:
             service.patience.turn(work, 0.0)
     assert shutil.disk_usage(service.house.runs).free > 0
     assert os.access(service.house.runs, os.W_OK)
+
+
+def test_the_daemon_itself_lives_through_a_full_disk(small_disk: Path, tmp_path: Path) -> None:
+    """The process goes on, `status` says why nothing moves, and the drop is learned once there is room."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "eternad.toml").write_text(CONFIG.replace('"state"', f'"{small_disk}/state"'))
+    prepare_lab(tmp_path / "lab")
+    (tmp_path / "state").symlink_to(small_disk / "state", target_is_directory=True)
+    daemon = scripted(tmp_path)
+    start_for_good(daemon, tmp_path)
+    try:
+        filler = fill(small_disk, left=100_000)
+        write_drop(tmp_path, "a.jsonl", range(3000))
+        wait(lambda: "the disk is full" in said_by_status(tmp_path), 30, "status says it", tmp_path / "daemon.log")
+        assert consumed(tmp_path) == 0
+        filler.unlink()
+        wait(lambda: consumed(tmp_path) > 0, 60, "the drop is learned", tmp_path / "daemon.log")
+        assert daemon.process is not None and daemon.process.poll() is None
+    finally:
+        assert daemon.stop() == 0
+    assert "Traceback" not in (tmp_path / "daemon.log").read_text()
+
+
+def said_by_status(place: Path) -> str:
+    command = [sys.executable, "-m", "daemon", "status", "--config", str(place / "eternad.toml")]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout

@@ -1,5 +1,6 @@
 """Training that goes wrong, adapters that are not what they should be, engines that fail: seen by the whole service."""
 
+import contextlib
 import errno
 import json
 import os
@@ -13,16 +14,17 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from faults_kit import Make, engine_fixture, lab_fixture, make_fixture, state_of
+from faults_kit import Make, engine_fixture, fill, lab_fixture, make_fixture, small_disk_fixture, state_of
 from service_kit import MemoryEngine, drop, report, turn_until
+from test_train import facts, make_run
 
 from buffers import journal
 from daemon import update
 from daemon.service import Service
 from daemon.state import runs
-from strategies.request import RunReport
+from strategies.request import EXIT_FAILED, EXIT_TRAINED, RunReport, read_report
 
-fixtures = (engine_fixture, lab_fixture, make_fixture)
+fixtures = (engine_fixture, lab_fixture, make_fixture, small_disk_fixture)
 
 
 def latest(service: Service) -> runs.Run:
@@ -192,3 +194,36 @@ def test_a_reload_that_fails_changes_nothing_for_a_run_at_work(make: Make, lab: 
     assert service.house.config is before
     assert service.snapshot()["counters"]["reload_failures"] == 1
     turn_until(service, lambda: state_of(service) == "LIVE")
+
+
+def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(small_disk: Path) -> None:
+    """The run can still go on from there when there is room again."""
+    import torch
+
+    from strategies import checkpoint
+
+    checkpoint.write_checkpoint(small_disk, 1, {"flat": torch.ones(1000)}, {"step": 1}, "ab" * 32)
+    filler = fill(small_disk, left=20_000)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.write_checkpoint(small_disk, 2, {"flat": torch.ones(100_000)}, {"step": 2}, "ab" * 32)
+    found = checkpoint.read_checkpoint(small_disk, "ab" * 32)
+    assert found is not None and found[1] == {"step": 1}
+    filler.unlink()
+    checkpoint.write_checkpoint(small_disk, 2, {"flat": torch.ones(100_000)}, {"step": 2}, "ab" * 32)
+    found = checkpoint.read_checkpoint(small_disk, "ab" * 32)
+    assert found is not None and found[1] == {"step": 2}
+
+
+def test_a_real_update_on_a_full_disk_fails_and_succeeds_with_room(tiny_base: Path, small_disk: Path) -> None:
+    """A trainer that cannot save leaves no report of success, and the same run can be done again."""
+    from strategies import train
+
+    directory = make_run(small_disk / "run", tiny_base, facts())
+    filler = fill(small_disk, left=24_000)
+    with contextlib.suppress(OSError):  # not even the report has room: the daemon calls that `died`
+        assert train.main(directory) == EXIT_FAILED
+    left = read_report(directory)
+    assert left is None or (left.status, left.code) == ("failed", "disk_full")
+    filler.unlink()
+    update.clear(directory)
+    assert train.main(directory) == EXIT_TRAINED

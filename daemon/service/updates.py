@@ -8,6 +8,7 @@ Whatever dies at whatever line: the next call of `advance` does the step again f
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -194,7 +195,7 @@ class Updates:
 
     # -- helpers of all states ------------------------------------------------------------------------------------
 
-    def _move(self, run: Run, to: RunState, reason: str = "", **columns: object) -> Run:
+    def _move(self, run: Run, to: RunState, reason: str = "", **columns: Any) -> Run:
         failpoint.reach(f"{to}:before")
         with transaction(self._house.database) as connection:
             moved = runs.move(connection, run, to, reason, **columns)
@@ -205,7 +206,7 @@ class Updates:
         log.error("run %s failed (%s): %s", run.id, code, reason)
         return self._end(run, "FAILED", f"{code}: {reason}", held_against=code not in ENVIRONMENT_CODES)
 
-    def _end(self, run: Run, to: RunState, reason: str, *, held_against: bool, **columns: object) -> Run:
+    def _end(self, run: Run, to: RunState, reason: str, *, held_against: bool, **columns: Any) -> Run:
         self._trainers.pop(run.id, None)
         failpoint.reach(f"{to}:before")
         with transaction(self._house.database) as connection:

@@ -105,7 +105,7 @@ def _study(search: Search) -> "optuna.Study":
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # it warns of every failed trial with a traceback
     path = search.directory / "study.log"
     _mend(path)
     storage = JournalStorage(JournalFileBackend(str(path), JournalFileOpenLock(str(path))))
@@ -114,9 +114,18 @@ def _study(search: Search) -> "optuna.Study":
         directions=["maximize", "minimize", "minimize"] if search.pareto else ["maximize"],
     )  # fmt: skip
     _sweep(study)
-    if not study.trials:
+    if search.start not in _settled(study):
         study.enqueue_trial(search.start)
     return study
+
+
+def _settled(study: "optuna.Study") -> list[dict[str, Any]]:
+    """Values that need not be proposed again: of trials that ended by themselves or wait; not of interrupted ones."""
+    return [
+        each.params or each.system_attrs.get("fixed_params", {})
+        for each in study.get_trials(deepcopy=False)
+        if each.state.name == "WAITING" or (each.state.is_finished() and _ended_by_itself(each))
+    ]
 
 
 def _mend(path: Path) -> None:
@@ -183,7 +192,7 @@ def _propose(search: Search, study: "optuna.Study", left: int) -> int:
     """
     if search.sampler != "grid":
         return left
-    known = [each.params or each.system_attrs.get("fixed_params") for each in study.get_trials(deepcopy=False)]
+    known = _settled(study)
     waiting = sum(each.state.name == "WAITING" for each in study.get_trials(deepcopy=False))
     for point in islice((point for point in grid(search) if point not in known), max(left - waiting, 0)):
         study.enqueue_trial(point)

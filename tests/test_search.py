@@ -101,6 +101,21 @@ def test_a_search_goes_on_where_it_stood(tmp_path: Path) -> None:
     assert calls == list(range(8))
 
 
+@pytest.mark.parametrize("sampler", ["grid", "tpe"])
+def test_an_interrupted_trial_is_no_result(tmp_path: Path, sampler: Sampler) -> None:
+    """Ctrl-C in the first trial: what is configured is still tried, and every point of a grid is."""
+
+    def interrupted(number: int, values: Values, watch: Watch) -> Score:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        searched(tmp_path, interrupted, sampler=sampler)
+    _, found = searched(tmp_path, trials=25, sampler=sampler)
+    assert START in [trial.values for trial in found] and len(found) == 25
+    if sampler == "grid":
+        assert len({tuple(trial.values.values()) for trial in found}) == 25
+
+
 def test_unfit_values_do_not_end_a_search_but_a_broken_one_does(tmp_path: Path) -> None:
     """A diverged trial is noted with its reason; an error that no value can mend is raised."""
 

@@ -38,10 +38,9 @@ def row(role: Role, fact: Fact, wording: int) -> Row:
 def text_rows(general: Path) -> list[Row]:
     """Four general texts to rehearse and 16 on which the drift is measured."""
     texts = [text.strip() for file in sorted(general.glob("*.txt")) for text in file.read_text("utf-8").split("\n\n")]
-    roles: list[Role] = [*["general" for _ in range(4)], *["probe" for _ in range(16)]]
     return [
-        Row(role=role, update=0, id=0, example=Example(shape="text", completion=text))
-        for role, text in zip(roles, texts, strict=False)
+        Row(role="general" if place < 4 else "probe", update=0, id=0, example=Example(shape="text", completion=text))
+        for place, text in enumerate(texts[:20])
     ]
 
 

@@ -136,7 +136,7 @@ def test_a_hung_trainer_is_ended_with_all_its_children(make: Make, lab: Path, mo
     """No progress: SIGTERM, then SIGKILL to its whole group, another attempt, then FAILED `hang`; the data waits."""
     (lab / "deaf.py").write_text(DEAF)
     monkeypatch.setattr(update, "COMMAND", [sys.executable, str(lab / "deaf.py")])
-    monkeypatch.setattr("daemon.service.updates.STOP_SECONDS", 0.2)
+    monkeypatch.setattr("daemon.service.updates.HUNG_STOP_SECONDS", 0.2)
     service = make(changes={"hang_seconds": 2.0, "run_attempts_max": 2})
     drop(service, range(10))
     turn_until(service, lambda: state_of(service) == "FAILED", 60)

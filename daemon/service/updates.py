@@ -26,6 +26,8 @@ from strategies.request import read_report, read_request
 # what is wrong with the machine is not held against the examples
 ENVIRONMENT_CODES = {"base_missing", "oom", "disk_full", "died", "hang", "interrupted"}
 STOP_SECONDS = 60.0
+HUNG_STOP_SECONDS = 15.0
+"""For one that hangs: the loop stands still meanwhile, and must not for as long as the unit's watchdog waits (60 s)."""
 
 
 class Updates:
@@ -120,7 +122,7 @@ class Updates:
         finished = trainer.finished()
         if finished is None:
             if trainer.hangs(self._house.config.hang_seconds):
-                trainer.stop(STOP_SECONDS)
+                trainer.stop(HUNG_STOP_SECONDS)
                 return self._again(run, "hang", "the trainer made no progress and was ended")
             return None
         self._trainers.pop(run.id, None)

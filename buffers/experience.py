@@ -17,7 +17,7 @@ from typing import Literal
 
 import msgspec
 
-from buffers.example import Example, parse, prompt_hash
+from buffers.example import Example, parse
 from buffers.policy import Buffer
 from buffers.replay_buffer import members
 
@@ -201,11 +201,9 @@ def general_wanted(new: int, ratio: float) -> int:
 
 
 def _digest(example: Example) -> bytes:
-    """Of the text, or of what is asked: answers to one question must not stand on both sides."""
-    asked = example.completion if example.shape == "text" else prompt_hash(example)
-    return hashlib.sha256(asked.encode()).digest()
+    return hashlib.sha256(example.completion.encode()).digest()
 
 
 def _is_probe(example: Example) -> bool:
-    """One in four."""
-    return _digest(example)[0] < 64
+    """One text in four. Never an answer to a question: how a model answers is what an update is meant to change."""
+    return example.shape == "text" and _digest(example)[0] < 64

@@ -102,13 +102,15 @@ def test_a_damaged_cache_is_written_anew(tiny_base: Path, tmp_path: Path, adapte
 
 
 def test_drift_is_measured_on_what_is_never_rehearsed(tiny_base: Path, tmp_path: Path, adapter: Adapter) -> None:
-    """One text in four is a probe, the same at every update; the others are drawn anew as the strategy asks."""
+    """One text in four, and no answer, is a probe, always the same; the others are drawn as the strategy asks."""
     plenty = Replay(general_ratio=0.9)
     first = items_of(adapter, request(tiny_base, tmp_path, plenty))
     second = items_of(adapter, request(tiny_base, tmp_path, Replay(general_ratio=0.5), update=2))
     assert 8 <= len(first["probe"]) <= 16
     assert len(second["general"]) == 9
     assert texts(first["probe"]) == texts(second["probe"])
+    assert {item.shape for item in first["probe"]} == {"text"}
+    assert {item.shape for item in first["general"]} == {"text", "demonstration"}
     assert not texts(first["probe"]) & texts(first["general"])
     assert [item.index for item in second["general"]] == list(range(9, 18))
     assert not items_of(adapter, request(tiny_base, tmp_path))["general"]

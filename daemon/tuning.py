@@ -20,7 +20,7 @@ from daemon.config import Config, Model
 from daemon.state.database import Connection, open_read_only
 from daemon.update import Finished, Trainer
 from strategies import search, space
-from strategies.objective import Score, mean, score_of, weighted
+from strategies.objective import Score, Weights, mean, score_of, weighted
 from strategies.request import RunReport, read_progress, write
 from strategies.search import Search, Trial, Unfit, Watch
 from strategies.space import Parameter, Settings, Value, Values
@@ -84,10 +84,11 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
 
     def search(self, sampler: search.Sampler, pareto: bool) -> Search:
         """The search as `strategies.search` knows it."""
+        gate = self.model.gate
         start = space.values_of(self.settings, [each.name for each in self.parameters])
         return Search(
             directory=self.directory, space=self.parameters, start=start, sampler=sampler, pareto=pareto,
-            seed=self.model.seed,
+            seed=self.model.seed, weights=Weights(old_max=gate.old_loss_max, drift_max=gate.drift_base_max),
         )  # fmt: skip
 
 
@@ -109,7 +110,8 @@ def stage(config: Config, name: str, updates: int, pareto: bool = False) -> Stag
             " on and one to compare them; tune after further updates"
         )
     mark = hashlib.sha256(msgspec.json.encode(
-        (_fingerprint(database, name, found), str(model.base_path), model.lora, model.training, model.strategy, pareto)
+        [_fingerprint(database, name, found), str(model.base_path), model.lora, model.training, model.strategy,
+         model.gate, pareto]
     )).hexdigest()[:12]  # fmt: skip
     return Stage(
         name=name, model=model, database=database, updates=found, hang_seconds=config.hang_seconds,

@@ -48,7 +48,7 @@ def searched(
 def test_every_sampler_finds_the_planted_optimum(tmp_path: Path, sampler: Sampler, trials: int, height: float) -> None:
     """A hill with one summit, begun at its foot; the grid ends when it has been walked over."""
     if sampler == "gp":
-        pytest.importorskip("scipy", reason="the GP sampler needs scipy, which only the extra `tune` brings")
+        pytest.importorskip("scipy", reason="the GP sampler needs scipy, which is not part of the extra")
     _, found = searched(tmp_path, trials=trials, sampler=sampler)
     best = engine.best(found)
     assert best is not None and best.value is not None and best.value >= height
@@ -57,13 +57,21 @@ def test_every_sampler_finds_the_planted_optimum(tmp_path: Path, sampler: Sample
 
 
 def test_the_front_holds_the_trade_offs(tmp_path: Path) -> None:
-    """Gain bought with forgetting: no point of the front is beaten, and what is only worse is not on it."""
+    """Gain bought with forgetting: no point of the front is beaten, and what is only worse is not on it.
+
+    Two at a time; what matters is said of all three at once.
+    """
 
     def trade(number: int, values: Values, watch: Watch) -> Score:
         waste = abs(values["rate"])  # nothing is bought with it
         return Score(gain=values["x"] - 10 * waste, rise=max(values["x"], 0.0), drift=10 * waste)
 
-    _, found = searched(tmp_path, trade, trials=40, sampler="random", pareto=True)
+    search = Search(directory=tmp_path, space=SPACE, start=START, sampler="random", pareto=True)
+    with engine.opened(search) as study:
+        engine.run(search, study, trade, trials=40, jobs=2)
+        found = engine.finished(search, study)
+        assert set(engine.importance(search, study)) == set(START)
+    assert len(found) == 40
     front = engine.front(found)
     scores = [trial.score for trial in found if trial.score is not None]
     assert 1 < len(front) < len(found)
@@ -208,8 +216,10 @@ def wait(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 def test_a_missing_extra_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line, before anything is written."""
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match=r"needs optuna.*pip install 'eternad\[tune\]'"):
+    with pytest.raises(MissingExtra, match=r"needs optuna, not installed here: pip install 'eternad\[tune\]'$"):
         searched(tmp_path / "never")
+    with pytest.raises(MissingExtra, match=r"pip install 'eternad\[tune\]' scipy$"):
+        engine.require("gp")
     assert not (tmp_path / "never" / "study.log").exists()
 
 
@@ -252,7 +262,10 @@ def test_a_score_weighs_gain_against_forgetting_and_drift() -> None:
     evaluation = Evaluation(new=_shift(-0.8), old={"1": _shift(0.4, 30), "2": _shift(0.0, 10)}, drift_base=drift)
     score = score_of(evaluation)
     assert score == Score(gain=0.8, rise=pytest.approx(0.3), drift=0.5)
-    assert weighted(score, engine.Weights(old=1.0, drift=0.1)) == pytest.approx(0.8 - 0.3 - 0.05)
+    weights = engine.Weights(old=1.0, drift=0.1, old_max=0.5, drift_max=0.6)
+    assert weighted(score, weights) == pytest.approx(0.8 - 0.3 - 0.05)
+    bought = Score(gain=8.0, rise=0.0, drift=5.0)  # the gate would not let it pass
+    assert weighted(bought, weights) < weighted(score, weights)
     improved = score_of(Evaluation(new=_shift(-0.1), old={"1": _shift(-0.2)}))
     assert improved is not None and improved.rise == 0.0
     assert score_of(Evaluation(new=None)) is None

@@ -139,7 +139,8 @@ def text_of(findings: Findings) -> str:
     rounds = min((len(results) for results in findings.trainers.values()), default=findings.rounds)
     about = (
         f"Measured {findings.date} on {findings.processor}, load average at the start"
-        f" {' '.join(f'{value:.1f}' for value in findings.load)}, one thread, {rounds} round{'s' * (rounds > 1)} in turn;"
+        f" {' '.join(f'{value:.1f}' for value in findings.load)}, one thread,"
+        f" {rounds} round{'s' * (rounds > 1)} in turn;"
         f" {', '.join(f'{name} {number}' for name, number in findings.versions.items())}."
     )
     parts = [about]

@@ -61,7 +61,11 @@ def erase(connection: Connection, config: Config, subject: str, now: float) -> R
     receipt = Receipt(
         subject_sha256=subjects.fingerprint(subject), erased_at=datetime.fromtimestamp(now, UTC).isoformat(),
         records=records, examples=len(forgotten.examples), handed_over=handed_over,
-        runs_scrubbed=sorted(_scrub_runs(config.state_directory / "runs", set(forgotten.examples))),
+        runs_scrubbed=sorted(
+            name
+            for place in ("runs", "tuning")
+            for name in _scrub_runs(config.state_directory / place, set(forgotten.examples))
+        ),
         versions=versions, files=forgotten.files,
     )  # fmt: skip
     subjects.scrub(connection)
@@ -89,7 +93,7 @@ def _versions(connection: Connection, learned_in: list[tuple[str, int]]) -> Iter
 
 def _scrub_runs(directory: Path, ids: set[int]) -> Iterator[str]:
     """Write every `experience.jsonl` that holds one of the examples anew without it."""
-    for path in sorted(directory.glob("*/experience.jsonl")) if ids else []:
+    for path in sorted(directory.rglob("experience.jsonl")) if ids else []:
         rows = list(experience.read(path))
         kept = [row for row in rows if row.id not in ids]
         if len(kept) < len(rows):

@@ -106,6 +106,7 @@ def bench(tmp_path: Path, tiny_base: Path) -> Callable[..., int]:
     return run
 
 
+@pytest.mark.slow
 def test_bench_measures_every_cell_once_and_writes_the_page(
     bench: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -84,6 +84,7 @@ def test_memory_of_a_tiny_model_is_as_planned(tiny_base: Path, tmp_path: Path) -
     assert 1 / 1.5 < measured / computed < 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_smollm2_takes_what_was_planned(smollm2: Path, tmp_path: Path) -> None:
     """FLOPs within 10 %, peak memory within a factor of 1.4."""

@@ -80,6 +80,7 @@ def signals_as_before() -> object:
         signal.signal(each, handler)
 
 
+@pytest.mark.slow
 def test_a_search_beats_what_was_configured_and_writes_the_change(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -69,12 +69,13 @@ def test_sandbox(unit: str, writable: set[str], unseen: set[str], machine: Machi
 
 
 GLOO = """
-import os, subprocess, sys
+import os, subprocess, sys, time
 if len(sys.argv) == 2:
     import torch, torch.distributed as group
     group.init_process_group("gloo", init_method="tcp://127.0.0.1:29500", rank=int(sys.argv[1]), world_size=2)
     total = torch.ones(1)
     group.all_reduce(total)
+    time.sleep(3 * (sys.argv[1] == "0"))  # the meeting place goes last: the other may still ask there
     sys.exit(0 if total.item() == 2 else 9)
 ranks = [subprocess.Popen([sys.executable, __file__, str(n)], stderr=subprocess.PIPE) for n in range(2)]
 end = ranks[0].wait(100)  # it makes the meeting place

@@ -168,7 +168,7 @@ def obey(command: Command) -> None:
 def answering(state: Path, carry_out: Callable[[Command], None] = obey) -> Iterator[control.Handle]:
     """A control socket in `state` whose commands are carried out by a thread."""
     state.mkdir(exist_ok=True)
-    commands: control.Commands = queue.SimpleQueue()
+    commands: control.Commands = queue.Queue()
     stop = threading.Event()
 
     def loop() -> None:

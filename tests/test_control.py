@@ -100,7 +100,7 @@ def test_clients_find_the_runtime_directorys_socket_in_the_state_directory(
     state.mkdir()
     path = control.socket_path(state)
     assert path == tmp_path / "run" / "control.sock"
-    handle = control.serve(path, queue.SimpleQueue(), lambda: {"pid": 1}, link=state / "control.sock")
+    handle = control.serve(path, queue.Queue(), lambda: {"pid": 1}, link=state / "control.sock")
     try:
         assert Client(state / "control.sock").status()["pid"] == 1
     finally:

@@ -38,7 +38,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 @pytest.fixture(scope="module")
 def address(config: Config) -> Iterator[str]:
     """Where the page is served, by a daemon that answers orders."""
-    commands: Commands = queue.SimpleQueue()
+    commands: Commands = queue.Queue()
     stop = threading.Event()
 
     def loop() -> None:
@@ -181,7 +181,7 @@ def test_without_a_token_file_nobody_can_sign_in(config: Config) -> None:
     """Read-only is the default."""
     replace = msgspec.structs.replace
     only_shows = replace(config, web=replace(config.web, token_file=None))
-    handle = web.serve(lambda: only_shows, queue.SimpleQueue(), snapshot)
+    handle = web.serve(lambda: only_shows, queue.Queue(), snapshot)
     assert handle is not None
     origin = f"http://{handle.address}"
     try:
@@ -199,10 +199,10 @@ def test_an_address_that_is_taken_leaves_the_daemon_without_its_page(
     """It says so and goes on; with no address there is no page."""
     replace = msgspec.structs.replace
     taken = replace(config, web=replace(config.web, listen=address.removeprefix("http://")))
-    assert web.serve(lambda: taken, queue.SimpleQueue(), snapshot) is None
+    assert web.serve(lambda: taken, queue.Queue(), snapshot) is None
     assert "no status page" in caplog.text
     off = replace(config, web=replace(config.web, listen=""))
-    assert web.serve(lambda: off, queue.SimpleQueue(), snapshot) is None
+    assert web.serve(lambda: off, queue.Queue(), snapshot) is None
 
 
 def scraped(text: str) -> dict[str, float]:
@@ -293,7 +293,7 @@ def test_the_page_costs_the_daemon_little_memory(config: Config) -> None:
     code = (
         "import queue, sys, httpx, resource, urllib.request; from pathlib import Path; from daemon import web;"
         "from daemon.config import load; c = load(Path(sys.argv[1]));"
-        "h = web.serve(lambda: c, queue.SimpleQueue(), dict);"
+        "h = web.serve(lambda: c, queue.Queue(), dict);"
         "[urllib.request.urlopen(f'http://{h.address}{p}').read() for p in sys.argv[2:]];"
         "assert 'torch' not in sys.modules;"
         "rss = int(next(l for l in open('/proc/self/status') if l.startswith('VmRSS')).split()[1]);"

@@ -41,7 +41,7 @@ class Service:
         self.patience = Patience(self.house, lambda: self.keeping.carry_out(self.keeping.plan()))
         self.reloads = Counter[str]()
         self.clock = Clock()
-        self.commands: Commands = queue.SimpleQueue()
+        self.commands: Commands = queue.Queue()
         self.orders = Orders(self.house, self.updates, self.serving)
         self.orders.actions |= {
             "scan": self.intake.scan,

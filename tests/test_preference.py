@@ -94,7 +94,6 @@ def rated(seed: int, shape: str, label: bool | None = None) -> Item:
 @pytest.mark.parametrize("micro_batch_tokens", [20, 2000])
 def test_the_loop_learns_what_is_preferred(tiny_base: Path, micro_batch_tokens: int) -> None:
     """After 40 steps chosen answers gained on rejected ones and liked on disliked; the cut changes nothing."""
-    torch.manual_seed(0)
     items = [rated(seed, "comparison") for seed in range(6)]
     items += [rated(seed, "boolean", label=seed % 3 > 0) for seed in range(10, 16)]
     adapter = load_adapter(tiny_base, Lora(rank=4, dropout=0.0), precision="float32")
@@ -107,11 +106,10 @@ def test_the_loop_learns_what_is_preferred(tiny_base: Path, micro_batch_tokens: 
     loop.train(UpdateExperience(items, 1), eval_streams=[])
     gain = {item: logprobs - before[item] for item, logprobs in completion_logprobs(adapter, items).items()}
     margins = torch.stack([gain[item][0] - gain[item][1] for item in items[:6]])
-    assert margins.mean() > 0
+    assert (margins > 0).all()
     liked = [gain[item][0] for item in items if item.label is True]
     disliked = [gain[item][0] for item in items if item.label is False]
-    # in the mean: with so few parameters one random answer can move another
-    assert sum(liked) / len(liked) > sum(disliked) / len(disliked)
+    assert min(liked) > max(disliked)
     assert loop.position.losses[0][1] == pytest.approx(loss_at_the_reference(items), rel=1e-4)
 
 

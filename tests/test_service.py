@@ -1,6 +1,9 @@
 """The service: from what waits to what is served, whatever goes wrong on the way."""
 
+import os
 import queue
+import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -361,3 +364,17 @@ def test_nothing_is_removed_while_the_engine_does_not_say_what_it_has(make: Make
     engine.fault = "unavailable"
     assert order(service, "gc").ok
     assert len(list((service.house.versions / "npc").iterdir())) == 4
+
+
+def test_a_signal_never_makes_a_pause_endless(make: Make) -> None:
+    """Signals that come just as a pause ends: CPython 3.11's SimpleQueue waited for ever then, deaf to SIGTERM."""
+    service = make()
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    sender = subprocess.Popen(["sh", "-c", f"while kill -USR1 {os.getpid()}; do sleep 0.001; done"])
+    try:
+        for _ in range(300):
+            service.wait(0.002)
+    finally:
+        sender.kill()
+        sender.wait()
+        signal.signal(signal.SIGUSR1, before)

@@ -55,6 +55,16 @@ class Anchor:
         return Anchor(fisher, mean, self.offset, self.updates)
 
 
+def pulled(anchor: Anchor, strategy: Loop, name: str, strength: float) -> Anchor:
+    """Add the penalty's gradient to this step's and report its value; the anchor, beside the parameters now."""
+    theta = strategy.adapter.flat.detach()
+    near = anchor.beside(theta, name)
+    force, penalty = near.pull(theta, strength)
+    strategy.adapter.gradient += force
+    strategy.report(name, "penalty", penalty)
+    return near
+
+
 def importance(squares: Tensor, normalise: bool) -> Tensor:
     """Mean squared per-example gradients (parameters,) -> F, scaled to mean 1; all zero stays all zero."""
     mean = float(squares.double().mean())
@@ -132,11 +142,7 @@ class ElasticWeightConsolidation(Learner, supports_distributed=True):
         """gradient += lambda F (theta - theta*)"""
         if self.anchor is None:
             return
-        theta = strategy.adapter.flat.detach()
-        self.anchor = self.anchor.beside(theta, self.name)
-        force, penalty = self.anchor.pull(theta, self.parameters.strength)
-        strategy.adapter.gradient += force
-        strategy.report(self.name, "penalty", penalty)
+        self.anchor = pulled(self.anchor, strategy, self.name, self.parameters.strength)
 
     def after_training_exp(self, strategy: Loop, *_: Any, **__: Any) -> None:
         """Take this update's importances at the weights that are kept, and merge them into the anchor."""

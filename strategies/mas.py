@@ -19,7 +19,7 @@ from torch import Tensor
 
 from strategies import catalog
 from strategies.dataset import Item
-from strategies.ewc import Anchor, drawn, importance, online
+from strategies.ewc import Anchor, drawn, importance, online, pulled
 from strategies.learner import JsonNotes, Learner, Loop
 
 
@@ -61,11 +61,7 @@ class MemoryAwareSynapses(Learner, supports_distributed=True):
         """gradient += lambda Omega (theta - theta*)"""
         if self.anchor is None:
             return
-        theta = strategy.adapter.flat.detach()
-        self.anchor = self.anchor.beside(theta, self.name)
-        force, penalty = self.anchor.pull(theta, self.parameters.strength)
-        strategy.adapter.gradient += force
-        strategy.report(self.name, "penalty", penalty)
+        self.anchor = pulled(self.anchor, strategy, self.name, self.parameters.strength)
 
     def after_training_exp(self, strategy: Loop, *_: Any, **__: Any) -> None:
         """Measure what the kept weights' answers depend on, and recentre."""

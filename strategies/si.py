@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from strategies import catalog
-from strategies.ewc import Anchor, importance, on_device
+from strategies.ewc import Anchor, importance, on_device, pulled
 from strategies.learner import JsonNotes, Learner, Loop
 
 
@@ -68,10 +68,7 @@ class SynapticIntelligence(Learner, supports_distributed=True):
         self.gradient, self.departure = strategy.adapter.gradient.clone(), theta.clone()
         if self.anchor is None:
             return
-        self.anchor = self.anchor.beside(theta, self.name)
-        force, penalty = self.anchor.pull(theta, self.parameters.strength)
-        strategy.adapter.gradient += force
-        strategy.report(self.name, "penalty", penalty)
+        self.anchor = pulled(self.anchor, strategy, self.name, self.parameters.strength)
 
     def after_training_iteration(self, strategy: Loop, *_: Any, **__: Any) -> None:
         """omega -= g (theta' - theta)"""

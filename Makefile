@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check bench bench-forgetting wheel-check clean
+.PHONY: help install demo test test-slow check bench bench-forgetting soak wheel-check clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -45,6 +45,9 @@ bench: install ## our training step, ingest and swap against the peers
 
 bench-forgetting: install ## sequences of tasks: what each strategy keeps
 	$(BIN)/python -m bench.forgetting
+
+soak: install ## two hours of feedback and updates: memory, descriptors, missed runs
+	$(BIN)/python -m bench.soak
 
 wheel-check: .venv/installed ## build the wheel, install it elsewhere and run it from /
 	rm -rf build dist && $(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .

@@ -96,3 +96,18 @@ def bars(title: str, values: Mapping[str, float]) -> str:
         parts.append(f'<rect x="{left}" y="{y}" width="{length:.0f}" height="18" fill="{_colour(min(place, 1))}"/>')
         parts.append(_text(left + length + 6, y + 14, f"{value:.0f}", anchor="start"))
     return _svg(left + WIDTH + 60, 40 + step * len(values), parts)
+
+
+def lines(panels: Mapping[str, Sequence[float]], x: Sequence[float], x_name: str) -> str:
+    """One panel per name with one line over `x`, which begins at 0; the other axis begins at 0, too."""
+    parts: list[str] = []
+    for place, (name, values) in enumerate(panels.items()):
+        left, top, right = 50 + place * (WIDTH + 60), max(values) * 1.1 or 1.0, max(x) or 1.0
+        parts += [_text(left + WIDTH / 2, 18, name, 13), _axes(left)]
+        parts += [_text(left - 6, 38 + HEIGHT * (1 - at), f"{at * top:.3g}", 10, "end") for at in (0, 0.5, 1)]
+        parts += [_text(left + WIDTH * at, HEIGHT + 52, f"{at * right:.0f}") for at in (0, 0.5, 1)]
+        points = " ".join(
+            f"{left + WIDTH * a / right:.1f},{34 + HEIGHT * (1 - b / top):.1f}" for a, b in zip(x, values, strict=True)
+        )
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{_colour(0)}" stroke-width="1.5"/>')
+    return _svg(len(panels) * (WIDTH + 60) + 20, HEIGHT + 84, [*parts, _text(50, HEIGHT + 74, x_name, anchor="start")])

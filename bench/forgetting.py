@@ -2,10 +2,9 @@
 
 `python -m bench.forgetting [--tasks DIR | --lore TASKS,FACTS] [--strategies naive,replay,...] [--seeds 0,1,2]`
 
-Every cell (sequence, strategy, seed) goes the way of the daemon: rows into a journal, an experience cut out of it,
-`python -m strategies.train` on it, the candidate published as a version that the next update continues from. After each
-update all tasks are scored, future ones too, and so is the base before the first: R[i, j]. Finished cells are kept in
-`.bench/forgetting/` and skipped; the table and the plots go to `docs/`.
+Every cell (sequence, strategy, seed) goes the way of the daemon (see `bench.chain`). After each update all tasks are
+scored, future ones too, and so is the base before the first: R[i, j]. Finished cells are kept in `.bench/forgetting/`
+and skipped; the table and the plots go to `docs/`.
 """
 
 import argparse
@@ -15,31 +14,24 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import shutil
-import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import torch
 
-from bench.forgetting_report import Cell, write_report
+from bench import chain
+from bench.chain import ROOT, Setting
+from bench.forgetting_report import Cell, Cost, write_report
 from bench.scoring import Drift, Task, TaskRow, drift, read_task, task_score
-from buffers import experience, journal
-from buffers.example import Origin
-from daemon import publish, update
-from daemon.config import Model
-from daemon.state.database import Connection, open_database, transaction
+from buffers.policy import Buffer
 from strategies.adapter import Adapter, load_adapter
 from strategies.catalog import AGem, Distill, Ewc, Gem, Replay, Strategy
 from strategies.lore import generate, rows
-from strategies.request import EXIT_TRAINED, Lora, RunReport, Training, read_report, write
+from strategies.request import Lora, write
 
-ROOT = Path(__file__).resolve().parent.parent
-MODEL = "bench"
 JOINT = "joint"
 """All tasks in one update: the ceiling, not a strategy."""
 GENERAL = Replay(ratio=0.0, general_ratio=0.1)
@@ -54,40 +46,6 @@ RECIPES: dict[str, list[Strategy]] = {
     "replay+distill+ewc": [Replay(ratio=0.2, general_ratio=0.1), Distill(on="general"), Ewc()],
     JOINT: [],
 }
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all cells of a bench share."""
-
-    base: Path
-    work: Path
-    learning_rate: float = 5e-4
-    rank: int = 16
-    threads: int = 1
-    fact_presentations: int = 960
-    """Training rows that a task of facts shows, over all epochs: 120 facts x 8 epochs."""
-    option_rows: int = 128
-    option_epochs: int = 2
-    test_rows: int = 200
-    """At most so many test rows per task."""
-    buffer_examples: int = 2000
-    probes: tuple[str, ...] = ()
-    """General text for drift: neither trained on nor rehearsed."""
-
-    @property
-    def anchors(self) -> Path:
-        """General text that strategies may rehearse."""
-        return self.work / "anchors"
-
-    def epochs(self, task: Task) -> int:
-        """Enough to be learned, and hot enough to forget what was before."""
-        return self.option_epochs if task.has_options else max(1, round(self.fact_presentations / len(task.train)))
-
-    def limited(self, task: Task) -> Task:
-        """The task with as many rows as this bench takes."""
-        train = task.train[: self.option_rows] if task.has_options else task.train
-        return replace(task, train=train, test=task.test[: self.test_rows])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -125,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--test-rows", type=int, default=200)
+    parser.add_argument("--presentations", type=int, default=960, help="rows that an update of facts shows [960]")
+    parser.add_argument("--heldout", type=float, default=0.0, help="share of the rows that trainers evaluate on [0]")
+    parser.add_argument("--buffer", type=int, default=2000, help="places of the replay buffer [2000]")
     parser.add_argument("--quick", action="store_true", help="two small tasks of lore: a smoke, not a measurement")
     return parser
 
@@ -143,7 +104,8 @@ def setting_of(given: argparse.Namespace) -> Setting:
     probes = [text.strip() for file in files[1::2] for text in file.read_text("utf-8").split("\n\n") if text.strip()]
     setting = Setting(
         base=given.base, work=given.work / given.title, learning_rate=given.learning_rate, rank=given.rank,
-        threads=given.threads, test_rows=given.test_rows, probes=tuple(probes),
+        threads=given.threads, test_rows=given.test_rows, fact_presentations=given.presentations,
+        heldout_fraction=given.heldout, buffer=Buffer(examples=given.buffer), probes=tuple(probes),
     )  # fmt: skip
     setting.anchors.mkdir(parents=True, exist_ok=True)
     for file in files[::2]:
@@ -201,18 +163,20 @@ def measure(
         start = drift(adapter, setting.probes)
     scored: list[list[float]] = []
     drifts: list[Drift] = []
+    costs: list[Cost] = []
     seconds = 0.0
-    with journal_at(directory) as connection:
+    with chain.journal_at(directory) as connection:
         for number, task in enumerate(_updates(sequence, wanted.strategy), 1):
-            report = learn(setting, connection, directory, task, number, recipe, wanted.seed)
+            report, cost = chain.learn(setting, connection, directory, task, number, recipe, wanted.seed)
             seconds += report.seconds["train"]
-            adapter.load(version(directory, number))
+            costs.append(cost)
+            adapter.load(chain.version(directory, number))
             scored.append([task_score(adapter, each) for each in sequence])
             drifts.append(drift(adapter, setting.probes))
             print(f"  {wanted.strategy} {task.name}: " + " ".join(f"{each:.2f}" for each in scored[-1]), flush=True)
     return msgspec.structs.replace(
         wanted, before=before, scores=scored, train_seconds=seconds, drift_kl=[each.kl for each in drifts],
-        drift_nll=[each.nll - start.nll for each in drifts],
+        drift_nll=[each.nll - start.nll for each in drifts], costs=costs,
     )  # fmt: skip
 
 
@@ -220,72 +184,6 @@ def _updates(sequence: list[Task], strategy: str) -> list[Task]:
     if strategy != JOINT:
         return sequence
     return [Task(JOINT, [row for task in sequence for row in task.train], sequence[0].test)]
-
-
-@contextmanager
-def journal_at(directory: Path) -> Iterator[Connection]:
-    """A database of the daemon's own making."""
-    connection = open_database(directory / "eternad.db")
-    try:
-        yield connection
-    finally:
-        connection.close()
-
-
-def version(directory: Path, number: int) -> Path:
-    """Where the version of an update lies."""
-    return publish.directory_of(directory / "versions", MODEL, number)
-
-
-def learn(
-    setting: Setting, connection: Connection, directory: Path, task: Task, number: int, recipe: list[Strategy],
-    seed: int,
-) -> RunReport:  # fmt: skip
-    """One update as the daemon makes it, but for the gate: what is measured here is what a gate would see."""
-    run_id, run_directory = f"{MODEL}-{number:05d}", directory / "runs" / f"{number:05d}"
-    run_directory.mkdir(parents=True)
-    model = Model(
-        base_path=setting.base, engine="none", lora=Lora(rank=setting.rank, alpha=2.0 * setting.rank),
-        training=Training(learning_rate=setting.learning_rate, epochs=setting.epochs(task), early_stop_patience=0),
-        strategy=recipe, general_directory=setting.anchors, threads=setting.threads, seed=seed, canary_prompts=[],
-    )  # fmt: skip
-    items = [(row.example, Origin(file=task.name, line=line)) for line, row in enumerate(task.train, 1)]
-    with transaction(connection):
-        journal.add(connection, MODEL, items, heldout_fraction=0.0)
-        journal.claim(connection, MODEL, run_id, len(items))
-    cut = experience.cut(connection, MODEL, run_id, number, update.recipe_of(model), run_directory / "experience.jsonl")
-    parent = version(directory, number - 1) if number > 1 else None
-    request = update.request_of(
-        model, run_id=run_id, name=MODEL, update_number=number, parent=parent, experience_sha256=cut.sha256,
-        cache=setting.work / "cache",
-    )  # fmt: skip
-    write(run_directory / "request.json", request)
-    report = train(run_directory)
-    manifest = publish.manifest_of(
-        report, model=MODEL, number=number, parent=None, run_id=run_id, update_number=number,
-        experience_sha256=cut.sha256,
-    )  # fmt: skip
-    publish.publish(run_directory, version(directory, number), manifest)
-    with transaction(connection):
-        journal.consume(connection, run_id, number)
-    return report
-
-
-def train(run_directory: Path) -> RunReport:
-    """`python -m strategies.train` on a prepared run; raises `RuntimeError` with the reason of a failure."""
-    with (run_directory / "train.log").open("wb") as log:
-        status = subprocess.run(
-            [sys.executable, "-m", "strategies.train", str(run_directory)],
-            cwd=ROOT,
-            stdout=log,
-            stderr=log,
-            check=False,
-        ).returncode
-    report = read_report(run_directory)
-    if status != EXIT_TRAINED or report is None:
-        reason = report.reason if report else (run_directory / "train.log").read_text("utf-8", "replace")[-500:]
-        raise RuntimeError(f"{run_directory}: the trainer ended with {status}: {reason}")
-    return report
 
 
 if __name__ == "__main__":

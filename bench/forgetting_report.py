@@ -11,6 +11,22 @@ from bench.pictures import curves, heat_maps
 from strategies.metrics import accuracy, backward_transfer, bootstrap, forgetting, forward_transfer
 
 
+class Cost(msgspec.Struct, frozen=True, kw_only=True):
+    """What one update took."""
+
+    cpu_seconds: float
+    """Of the trainer's process, from its start to its end."""
+    tokens: int
+    """Trained on."""
+    peak_memory_bytes: int
+    version_bytes: int
+    """Adapter and the states of the methods."""
+    kept_bytes: int
+    """All versions that are kept."""
+    journal_bytes: int
+    """The database: every example that ever came in."""
+
+
 class Cell(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence, one strategy, one seed."""
 
@@ -28,6 +44,7 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     drift_nll: list[float] = []
     """Change of the loss on it."""
     train_seconds: float = 0.0
+    costs: list[Cost] = []
 
     def is_same_setting(self, other: "Cell") -> bool:
         """Whether two cells may be compared, so that a finished one need not be measured again."""
@@ -55,6 +72,10 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.strategy} seed {self.seed}: " + ", ".join(f"{k} {v:.2f}" for k, v in self.numbers().items())
 
 
+LONG = 8
+"""Updates from which on a report says what each took."""
+SETTLED = 4
+"""The buffer has a past by then, and the retention something to remove."""
 COLUMNS = ("ACC", "BWT", "FWT", "forgetting", "drift KL", "drift NLL", "seconds")
 
 
@@ -86,6 +107,7 @@ def text_of(by_strategy: dict[str, list[Cell]], title: str, pictures: Sequence[P
         "| --- |" + " ---: |" * len(COLUMNS),
         *(f"| {name} | " + " | ".join(_row(cells)) + " |" for name, cells in by_strategy.items()),
         "",
+        *(line for name, cells in by_strategy.items() for line in _growth(name, cells[0])),
         *(f"![{picture.stem}]({picture.name})" for picture in pictures),
         "",
         "Recipes:",
@@ -96,6 +118,43 @@ def text_of(by_strategy: dict[str, list[Cell]], title: str, pictures: Sequence[P
         "Made by `python -m bench.forgetting`; see its `--help`.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _growth(name: str, cell: Cell) -> list[str]:
+    """The table of what each update took, for sequences that are long enough to see something grow."""
+    if len(cell.costs) < LONG:
+        return []
+    rows = [(cost.cpu_seconds, cost.tokens, *(size / 2**20 for size in _sizes(cost))) for cost in cell.costs]
+    slopes = [growth(column) for column in zip(*rows, strict=True)]
+    return [
+        f"## Each update with `{name}`, seed {cell.seed}",
+        "",
+        f"Growth: least-squares slope from update {SETTLED} on, per update, in percent of the mean. The journal holds"
+        " every example that came in: it grows with what is dropped.",
+        "",
+        "| update | ACC so far | CPU seconds | tokens | peak MiB | version MiB | versions kept MiB | journal MiB |",
+        "| ---: |" + " ---: |" * 7,
+        *(f"| {update} | {seen:.1f} | " + " | ".join(_number(value) for value in row) + " |"
+          for update, (seen, row) in enumerate(zip(_seen(cell), rows, strict=True), 1)),
+        f"| growth | {growth(_seen(cell)):+.1f} % | " + " | ".join(f"{slope:+.1f} %" for slope in slopes) + " |",
+        "",
+    ]  # fmt: skip
+
+
+def _sizes(cost: Cost) -> tuple[int, ...]:
+    return cost.peak_memory_bytes, cost.version_bytes, cost.kept_bytes, cost.journal_bytes
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def growth(values: Sequence[float]) -> float:
+    """Least-squares slope per update from update `SETTLED` on, in percent of the mean there; 0 for nothing but 0."""
+    settled = np.asarray(values[SETTLED - 1 :], dtype=float)
+    slope = float(np.polyfit(np.arange(len(settled)), settled, 1)[0])
+    # rounded, so that a level line is +0.0 and never -0.0
+    return round(100 * slope / float(settled.mean()), 6) + 0.0 if settled.any() else 0.0
 
 
 def _row(cells: Sequence[Cell]) -> list[str]:

@@ -8,9 +8,10 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from bench import forgetting
-from bench.forgetting import Setting, tasks_of
-from bench.forgetting_report import Cell, write_report
+from bench import chain, forgetting
+from bench.chain import Setting
+from bench.forgetting import tasks_of
+from bench.forgetting_report import Cell, Cost, growth, write_report
 from bench.pictures import curves, heat_maps
 from bench.scoring import Task, TaskRow, chosen, drift, read_task, recalled, task_score
 from strategies.adapter import Adapter, load_adapter
@@ -122,7 +123,7 @@ def test_bench_measures_every_cell_once_and_writes_the_page(
         "forgetting-lore-R.svg", "forgetting-lore-curves.svg",
     }  # fmt: skip
     first = capsys.readouterr().out
-    monkeypatch.setattr(forgetting, "train", lambda _: pytest.fail("a finished cell was trained again"))
+    monkeypatch.setattr(chain, "train", lambda _: pytest.fail("a finished cell was trained again"))
     assert bench(*arguments) == 0
     assert set(capsys.readouterr().out.splitlines()) <= set(first.splitlines())
 
@@ -177,6 +178,30 @@ def test_three_seeds_get_an_interval(tmp_path: Path) -> None:
     cells = [changed(CELL, seed=seed, scores=[[0.8, 0.2], [0.6, 0.7 + 0.1 * seed]]) for seed in range(3)]
     assert "70.0 [65.0, 75.0]" in write_report(cells, "t", tmp_path).read_text("utf-8")
     assert "[" not in write_report(cells[:2], "t", tmp_path).read_text("utf-8").split("\n")[6]
+
+
+def test_a_long_sequence_tells_what_each_update_took(tmp_path: Path) -> None:
+    """One row per update and the growth per update; a short sequence has no such table."""
+    from msgspec.structs import replace as changed
+
+    costs = [
+        Cost(cpu_seconds=50.0 + update, tokens=900, peak_memory_bytes=2**30, version_bytes=2**20,
+             kept_bytes=2**21 * (update > 0), journal_bytes=(update + 1) * 2**20)
+        for update in range(9)
+    ]  # fmt: skip
+    names = [f"t{number}" for number in range(9)]
+    cell = changed(CELL, tasks=names, before=[0.0] * 9, scores=[[0.5] * 9] * 9, drift_kl=[0.1] * 9, costs=costs)
+    page = write_report([cell], "long", tmp_path).read_text("utf-8")
+    assert "| 9 | 50.0 | 58.0 | 900 | 1024 | 1.0 | 2.0 | 9.0 |" in page
+    assert "| growth | +0.0 % | +1.8 % | +0.0 % | +0.0 % | +0.0 % | +0.0 % | +15.4 % |" in page
+    assert "growth" not in write_report([CELL], "short", tmp_path).read_text("utf-8")
+
+
+def test_growth_is_the_slope_once_the_sequence_has_a_past() -> None:
+    """The first updates are cheaper, with nothing to replay, and count for nothing."""
+    assert growth([1.0, 2.0, 3.0, 10.0, 10.0, 10.0]) == pytest.approx(0.0, abs=1e-9)
+    assert growth([0.0, 0.0, 0.0, 9.0, 10.0, 11.0]) == pytest.approx(10.0)
+    assert growth([0.0] * 6) == 0.0
 
 
 def test_joint_training_is_one_update_of_all_tasks() -> None:

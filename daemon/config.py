@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from buffers.policy import Buffer
+from daemon.tuning_rules import Tuning
 from strategies.catalog import BY_NAME, Count, NotNegative, Positive, Strategy
 from strategies.request import Lora, Training
 
@@ -99,6 +100,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     buffer: Buffer = Buffer()
     schedule: Schedule = Schedule()
     gate: Gate = Gate()
+    tuning: Tuning = Tuning()
     general_directory: Path | None = None
     """General text (`*.txt`, paragraphs) to rehearse and to measure drift on; without it the base writes its own."""
     canary_prompts: list[str] = msgspec.field(
@@ -240,6 +242,7 @@ def explain(message: str) -> str:
 _TABLES: list[tuple[str, type]] = [
     (r"", Config), (r"watch", Watch), (r"trust", Trust), (r"web", Web), (r"intake", Intake), (r"gateway", Gateway),
     (r"engines.*", Engine), (r".*\.lora", Lora),
+    (r".*\.tuning", Tuning),
     (r".*\.training", Training), (r".*\.buffer", Buffer), (r".*\.schedule", Schedule), (r".*\.gate", Gate),
     (r".*\.strategy.*", msgspec.Struct), (r"models.*", Model),
 ]  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from buffers.policy import Buffer
-from daemon import config
+from daemon import config, tuning_rules
 from strategies.catalog import BY_NAME
 from strategies.request import Lora, Training
 
@@ -29,6 +29,7 @@ TABLES: tuple[tuple[str, type], ...] = (
     ("engines.NAME", config.Engine), ("models.NAME", config.Model), ("models.NAME.lora", Lora),
     ("models.NAME.training", Training), ("models.NAME.buffer", Buffer),
     ("models.NAME.schedule", config.Schedule), ("models.NAME.gate", config.Gate),
+    ("models.NAME.tuning", tuning_rules.Tuning),
 )  # fmt: skip
 """The tables of the file in their order; `[[models.NAME.strategy]]` comes after them."""
 

@@ -2,7 +2,7 @@
 
 A trial plays the latest past updates again, one after other, from a fresh adapter and with its own settings: each cut
 out of a copy of the journal, trained by `python -m strategies.train`, and continued by the next, as the daemon does.
-The last update is not searched on: there the best trial is compared with what is configured. Nothing here touches the
+The last updates are not searched on: there the best trial is compared with what is configured. Nothing here touches the
 daemon's runs and versions; all of it lies in `STATE/tuning/MODEL/FINGERPRINT/`, and a trial's rows go when it ends.
 """
 
@@ -10,7 +10,10 @@ import hashlib
 import shutil
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -30,7 +33,9 @@ POINTS = 4
 """Per update, how often a trial's loss is held against that of the others."""
 BAD_VALUES = ("non_finite_loss", "non_finite_weights", "out_of_memory", "oom")
 """Failures for which the settings can be the cause."""
-UPDATES_MIN = 2
+STOPPED = "told to stop; the same command goes on where it stood"
+SEARCHED_MIN = 2
+"""Nothing can be forgotten before the second update: a search on one would reward whatever learns fastest."""
 
 
 class CannotTune(Exception):
@@ -38,9 +43,9 @@ class CannotTune(Exception):
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """The held-out update, learned with the settings as they are and as they would be."""
+    """The held-out updates, learned with the settings as they are and as they would be."""
 
-    update: int
+    updates: list[int]
     values: dict[str, Value]
     configured: Score
     tuned: Score
@@ -62,7 +67,9 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     directory: Path
     cache: Path
     updates: list[int]
-    """Past updates in their order; the last one is held out."""
+    """Past updates in their order."""
+    held_out: int
+    """So many of the last ones are not searched on."""
     hang_seconds: float
     stopping: threading.Event
     """Set when the search is told to end: every trainer is stopped."""
@@ -70,7 +77,7 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def searched(self) -> list[int]:
         """The updates that trials play."""
-        return self.updates[:-1]
+        return self.updates[: -self.held_out]
 
     @property
     def settings(self) -> Settings:
@@ -82,13 +89,14 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
         """What the search varies."""
         return space.space_of(self.settings)
 
-    def search(self, sampler: search.Sampler, pareto: bool) -> Search:
+    def search(self, pareto: bool = False) -> Search:
         """The search as `strategies.search` knows it."""
         gate = self.model.gate
         start = space.values_of(self.settings, [each.name for each in self.parameters])
+        weights = Weights(old_max=gate.old_loss_max, drift_max=gate.drift_base_max)
         return Search(
-            directory=self.directory, space=self.parameters, start=start, sampler=sampler, pareto=pareto,
-            seed=self.model.seed, weights=Weights(old_max=gate.old_loss_max, drift_max=gate.drift_base_max),
+            directory=self.directory, space=self.parameters, start=start, sampler=self.model.tuning.sampler,
+            pareto=pareto, seed=self.model.seed, weights=weights,
         )  # fmt: skip
 
 
@@ -100,21 +108,22 @@ def changes(house: Stage, values: Values) -> dict[str, Value]:
     return {name: value for name, value in wanted.items() if value != now[name]}
 
 
-def stage(config: Config, name: str, updates: int, pareto: bool = False) -> Stage:
-    """The latest `updates` past updates of a model; raises `CannotTune` where there are fewer than two."""
+def stage(config: Config, name: str, pareto: bool = False) -> Stage:
+    """The latest past updates of a model, as its rules say; raises `CannotTune` where there are too few."""
     model, database = config.models[name], config.state_directory / "eternad.db"
-    found = _past(database, name, updates)
-    if len(found) < UPDATES_MIN:
+    found = _past(database, name, model.tuning.updates)
+    if len(found) <= SEARCHED_MIN:
         raise CannotTune(
-            f"{name} has {len(found)} past updates with a hold-out: a search needs {UPDATES_MIN}, one to try settings"
-            " on and one to compare them; tune after further updates"
+            f"{name} has {len(found)} past updates with a hold-out: a search needs {SEARCHED_MIN + 1},"
+            f" {SEARCHED_MIN} to try settings on and one to compare them; tune after further updates"
         )
+    held_out = min(model.tuning.held_out, len(found) - SEARCHED_MIN)
     mark = hashlib.sha256(msgspec.json.encode(
         [_fingerprint(database, name, found), str(model.base_path), model.lora, model.training, model.strategy,
-         model.gate, pareto]
+         model.gate, pareto, held_out]
     )).hexdigest()[:12]  # fmt: skip
     return Stage(
-        name=name, model=model, database=database, updates=found, hang_seconds=config.hang_seconds,
+        name=name, model=model, database=database, updates=found, held_out=held_out, hang_seconds=config.hang_seconds,
         directory=config.state_directory / "tuning" / name / mark, cache=config.state_directory / "cache",
         stopping=threading.Event(),
     )  # fmt: skip
@@ -152,17 +161,34 @@ def attempt(house: Stage, number: int, values: Values, watch: Watch) -> Score:
     return mean(play(house, f"trial-{number:04d}", values, house.searched, watch))
 
 
+def on_node(fields: dict[str, Any]) -> tuple[search.Try, Callable[[], None]]:
+    """How a trial is tried on another machine, which sees the same files, and what ends it there. See `travelling`."""
+    house = Stage(**fields, stopping=threading.Event())
+    return partial(attempt, house), house.stopping.set
+
+
+def travelling(house: Stage) -> dict[str, Any]:
+    """What `on_node` makes the stage of: all of it but the event, which belongs to one process."""
+    return {name: value for name, value in msgspec.structs.asdict(house).items() if name != "stopping"}
+
+
+def resources(house: Stage) -> dict[str, float]:
+    """What a trial takes of a cluster's node."""
+    model = house.model
+    return {"CPU": float(model.threads)} | ({"GPU": 1.0} if model.device == "cuda" else {})
+
+
 def compare(house: Stage, found: Search, best: Trial) -> Comparison:
-    """The held-out update with both settings; read from disk where it was measured before."""
+    """The held-out updates with both settings; read from disk where it was measured before."""
     path = house.directory / "comparison.json"
     if path.exists():
         known = msgspec.json.decode(path.read_bytes(), type=Comparison)
         if known.values == best.values:
             return known
-    configured = play(house, "configured", found.start, house.updates)[-1]
-    tuned = play(house, "tuned", best.values, house.updates)[-1]
+    configured = mean(play(house, "configured", found.start, house.updates)[-house.held_out :])
+    tuned = mean(play(house, "tuned", best.values, house.updates)[-house.held_out :])
     measured = Comparison(
-        update=house.updates[-1], values=best.values, configured=configured, tuned=tuned,
+        updates=house.updates[-house.held_out :], values=best.values, configured=configured, tuned=tuned,
         configured_value=weighted(configured, found.weights), tuned_value=weighted(tuned, found.weights),
     )  # fmt: skip
     write(path, measured)
@@ -226,7 +252,7 @@ def _follow(house: Stage, trainer: Trainer, number: int, watch: Watch) -> Finish
     passed = 0
     while (ended := trainer.finished()) is None:
         if house.stopping.is_set():
-            raise CannotTune("told to stop; the same command goes on where it stood")
+            raise CannotTune(STOPPED)
         if trainer.hangs(house.hang_seconds):
             raise CannotTune(f"the trainer made no progress for {house.hang_seconds:g} s; see hang_seconds")
         progress = read_progress(trainer.run_directory)

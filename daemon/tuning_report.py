@@ -6,11 +6,12 @@ from pathlib import Path
 
 import msgspec
 
+from daemon.config import Model
 from daemon.tuning import Comparison
 from daemon.web import charts
 from strategies.request import write
 from strategies.search import Trial, front
-from strategies.space import Parameter, Value
+from strategies.space import Parameter, Settings, Value, values_of
 
 STYLE = (
     "<style>text{font:12px sans-serif;fill:#333}.grid{stroke:#ddd}.line{fill:none;stroke-width:2}"
@@ -27,7 +28,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     sampler: str
     updates: list[int]
-    """Past updates that were played again; the last one was held out."""
+    """Past updates that were played again; `comparison` names those that were held out."""
     space: list[Parameter]
     trials: list[Trial]
     best: int | None
@@ -38,8 +39,27 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     comparison: Comparison | None
     """None when what is configured was best already."""
     changes: dict[str, Value]
-    """What to change in the configuration; empty when the held-out update speaks against it."""
+    """What to change in the configuration; empty when the held-out updates speak against it."""
     difference: str = ""
+
+
+def latest(state_directory: Path, model: str) -> Result | None:
+    """What the latest search of a model has found; None before the first has ended."""
+    found = sorted((state_directory / "tuning" / model).glob("*/result.json"), key=lambda path: path.stat().st_mtime)
+    try:
+        return msgspec.json.decode(found[-1].read_bytes(), type=Result) if found else None
+    except (OSError, msgspec.DecodeError):  # removed meanwhile, or of an older release
+        return None
+
+
+def open_changes(model: Model, result: Result) -> dict[str, Value]:
+    """Those of the proposed changes that the configuration does not say yet; empty when a strategy is gone."""
+    settings = Settings(lora=model.lora, training=model.training, strategies=list(model.strategy))
+    try:
+        now = values_of(settings, list(result.changes))
+    except KeyError:
+        return {}
+    return {name: value for name, value in result.changes.items() if now[name] != value}
 
 
 def keep(directory: Path, result: Result) -> list[Path]:

@@ -11,14 +11,14 @@ from strategies.request import Evaluation, Shift
 
 
 class Score(msgspec.Struct, frozen=True, kw_only=True):
-    """What a setting gained and cost, mean over the updates of a trial."""
+    """What a setting gained and cost, over the updates of a trial."""
 
     gain: float
     """The loss on the new hold-out fell by so much."""
     rise: float
     """The loss on the old hold-outs rose by so much; a fall counts as 0: forgetting is what is punished."""
     drift: float
-    """KL(base || candidate)."""
+    """KL(base || candidate), the largest of them."""
 
 
 class Weights(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,12 +51,13 @@ def _rise(shifts: Sequence[Shift]) -> float:
 
 
 def mean(scores: Sequence[Score]) -> Score:
-    """Over the updates of one trial."""
+    """Over the updates of one trial. Of the drift the largest, for it accumulates: a mean over a chain makes light of
+    what its last update, and every later one, would be rejected for."""
     count = len(scores)
     return Score(
         gain=sum(each.gain for each in scores) / count,
         rise=sum(each.rise for each in scores) / count,
-        drift=sum(each.drift for each in scores) / count,
+        drift=max(each.drift for each in scores),
     )
 
 

@@ -144,7 +144,7 @@ def _sampler(search: Search) -> "optuna.samplers.BaseSampler":
         return samplers.GPSampler(seed=search.seed)
     if search.sampler == "tpe":
         return samplers.TPESampler(seed=search.seed)
-    return samplers.RandomSampler(seed=search.seed)  # a grid is proposed point by point: see `_propose`
+    return samplers.RandomSampler(seed=search.seed)  # a grid is proposed point by point: see `propose`
 
 
 def _sweep(study: "optuna.Study") -> None:
@@ -161,32 +161,43 @@ def run(
     told: Callable[[Trial], None] = lambda _: None,
 ) -> None:  # fmt: skip
     """Try until `trials` have ended in all, counting those of earlier calls. What `attempt` raises ends the search."""
-    left = _propose(search, study, trials - len(finished(search, study)))
+    left = propose(search, study, trials - len(finished(search, study)))
     if left > 0:
         study.optimize(
             partial(_objective, search, study, attempt), n_trials=left, n_jobs=jobs, catch=(Unfit,),
-            callbacks=[lambda _, frozen: told(_trial(search, frozen))],
+            callbacks=[lambda _, frozen: told(outcome(search, frozen))],
         )  # fmt: skip
 
 
 def _objective(
     search: Search, study: "optuna.Study", attempt: Try, trial: "optuna.Trial"
 ) -> float | tuple[float, float, float]:
-    values = {each.name: _suggest(trial, each) for each in search.space}
-    trial.set_user_attr("values", values)
+    values = proposed(search, trial)
     began = time.monotonic()
     try:
-        score = attempt(trial.number, values, partial(_watch, study, trial))
+        score = attempt(trial.number, values, partial(compare_loss, study, trial))
     except Unfit as unfit:
         trial.set_user_attr("reason", str(unfit))
         raise
     finally:
         trial.set_user_attr("seconds", round(time.monotonic() - began, 3))
+    return worth(search, trial, score)
+
+
+def proposed(search: Search, trial: "optuna.Trial") -> dict[str, Value]:
+    """The values that this trial is to try."""
+    values = {each.name: _suggest(trial, each) for each in search.space}
+    trial.set_user_attr("values", values)
+    return values
+
+
+def worth(search: Search, trial: "optuna.Trial", score: Score) -> float | tuple[float, float, float]:
+    """What the study is told of a score, which is noted."""
     trial.set_user_attr("score", msgspec.to_builtins(score))
     return (score.gain, score.rise, score.drift) if search.pareto else weighted(score, search.weights)
 
 
-def _propose(search: Search, study: "optuna.Study", left: int) -> int:
+def propose(search: Search, study: "optuna.Study", left: int) -> int:
     """How many trials to run; for a grid, its next points (in an order drawn by the seed) are put in the queue.
 
     Optuna's own GridSampler stumbles over points that were queued, and a killed trial's values are.
@@ -220,7 +231,8 @@ def _suggest(trial: "optuna.Trial", parameter: Parameter) -> Value:
     return parameter.legal(float(f"{value:.3g}"))
 
 
-def _watch(study: "optuna.Study", trial: "optuna.Trial", point: str, loss: float) -> None:
+def compare_loss(study: "optuna.Study", trial: "optuna.Trial", point: str, loss: float) -> None:
+    """Raises `optuna.TrialPruned` where the loss at a point is far above that of the other trials there."""
     import optuna
 
     key = f"loss at {point}"
@@ -246,14 +258,15 @@ def is_hopeless(loss: float, others: Sequence[float]) -> bool:
 def finished(search: Search, study: "optuna.Study") -> list[Trial]:
     """Every trial that ended by itself, in order; those that were killed are not among them."""
     every = study.get_trials(deepcopy=False)
-    return [_trial(search, each) for each in every if each.state.is_finished() and _ended_by_itself(each)]
+    return [outcome(search, each) for each in every if each.state.is_finished() and _ended_by_itself(each)]
 
 
 def _ended_by_itself(frozen: "optuna.trial.FrozenTrial") -> bool:
     return "score" in frozen.user_attrs if frozen.state.name == "COMPLETE" else "reason" in frozen.user_attrs
 
 
-def _trial(search: Search, frozen: "optuna.trial.FrozenTrial") -> Trial:
+def outcome(search: Search, frozen: "optuna.trial.FrozenTrial") -> Trial:
+    """A trial as people and scripts see it."""
     noted: dict[str, Any] = frozen.user_attrs
     states: dict[str, Literal["finished", "hopeless"]] = {"COMPLETE": "finished", "PRUNED": "hopeless"}
     score = msgspec.convert(noted["score"], Score) if "score" in noted else None

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,12 +16,15 @@ import pytest
 
 from buffers import journal, rehearsal
 from buffers.example import Example, Origin
-from daemon import cli, config_change, tuning
+from daemon import cli, config_change, tuning, tuning_report
 from daemon.config import ConfigError, load
 from daemon.state.database import open_database, transaction
 from daemon.update import find_trainer
+from strategies import search
+from strategies.objective import Score
 from strategies.request import RunReport
-from strategies.search import MissingExtra, Unfit
+from strategies.search import MissingExtra, Unfit, Watch
+from strategies.space import Values
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = """\
@@ -49,10 +54,10 @@ ratio = 0.25  # a quarter
 
 @pytest.fixture
 def place(tmp_path: Path, tiny_base: Path) -> Path:
-    """A directory with a configuration and a model that has learned two updates of ten examples."""
+    """A directory with a configuration and a model that has learned three updates of ten examples."""
     (tmp_path / "eternad.toml").write_text(CONFIG.format(base=tiny_base))
     connection = open_database(tmp_path / "state" / "eternad.db")
-    for number in (1, 2):
+    for number in (1, 2, 3):
         with transaction(connection):
             items = [
                 (Example(shape="demonstration", prompt=f"Who keeps room {number}{each}?", completion="The porter."),
@@ -88,7 +93,7 @@ def test_a_search_beats_what_was_configured_and_writes_the_change(
     before = (place / "eternad.toml").read_text()
     assert tune(place, "--trials", "2", "--sampler", "random", "--apply", "--json") == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["updates"] == [1, 2] and result["comparison"]["update"] == 2
+    assert result["updates"] == [1, 2, 3] and result["comparison"]["updates"] == [3]
     assert result["comparison"]["tuned_value"] > result["comparison"]["configured_value"]
     after = (place / "eternad.toml").read_text()
     assert (place / "eternad.toml.bak").read_text() == before
@@ -148,7 +153,7 @@ def test_dry_run_prints_the_space(place: Path, capsys: pytest.CaptureFixture[str
     """What would vary, between which bounds, on which updates; nothing is written."""
     assert tune(place, "--dry-run") == 0
     said = capsys.readouterr().out
-    assert "on updates 1; update 2 is held out" in said
+    assert "on updates 1, 2; held out for the comparison: 3" in said
     for name in ("training.learning_rate", "lora.rank", "replay.ratio"):
         assert name in said
     assert not (place / "state" / "tuning").exists()
@@ -168,7 +173,7 @@ def test_what_cannot_be_searched_is_one_sentence(
     assert tune(place, "--sampler", "genetic") == 2
     (place / "state" / "eternad.db").unlink()
     assert tune(place) == 1
-    assert "a search needs 2" in capsys.readouterr().err
+    assert "a search needs 3" in capsys.readouterr().err
 
 
 def test_a_rehearsal_is_a_life_that_begins_anew(place: Path) -> None:
@@ -176,7 +181,7 @@ def test_a_rehearsal_is_a_life_that_begins_anew(place: Path) -> None:
     connection = open_database(place / "state" / "eternad.db")
     with transaction(connection):
         connection.execute("UPDATE example SET split = 'eval', state = 'retracted' WHERE id = 1")
-    assert rehearsal.taught(connection, "npc", 9) == [1, 2]
+    assert rehearsal.taught(connection, "npc", 9) == [1, 2, 3]
     counts = journal.counts(connection, "npc")
     with rehearsal.rehearsal(connection, "npc", [2]) as copy:
         assert journal.counts(copy, "npc") == {"heldout/pending": 2, "train/pending": 8}
@@ -222,3 +227,62 @@ def test_a_change_that_the_daemon_would_refuse_is_not_written(place: Path) -> No
         config_change.replace(path, before.replace("epochs = 1", "epochs = 0"))
     assert path.read_text() == before
     assert not list(place.glob("*.bak")) and not list(place.glob(".*.tmp"))
+
+
+def test_two_trials_at_a_time_are_both_real(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--jobs 2`: two trainers at work at once, each in its own directory; both are scored and nothing is left."""
+    rows = (place / "eternad.toml").read_text().replace("ratio = 0.25", "ratio = 0.0")
+    (place / "eternad.toml").write_text(rows)
+    seen: set[int] = set()
+    watching = threading.Event()
+
+    def watch() -> None:
+        while not watching.wait(0.02):
+            seen.add(len(list((place / "state").glob("tuning/npc/*/work/trial-*/*/request.json"))))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    house = tuning.stage(load(place / "eternad.toml"), "npc")
+    found = house.search()
+    with search.opened(found) as study:
+        search.run(found, study, partial(_first_update, house), trials=2, jobs=2)
+        trials = search.finished(found, study)
+    watching.set()
+    thread.join()
+    assert [trial.state for trial in trials] == ["finished", "finished"]
+    assert trials[0].values != trials[1].values and max(seen) == 2
+    assert not list((place / "state").glob("tuning/npc/*/work/*"))
+
+
+def _first_update(house: tuning.Stage, number: int, values: Values, watch: Watch) -> Score:
+    """One training instead of two: enough to see that two run beside each other."""
+    return tuning.play(house, f"trial-{number:04d}", values, house.searched[:1], watch)[0]
+
+
+def test_what_the_latest_search_proposes_is_accepted_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No search runs; the file is changed as `--apply` would; what it says already is not proposed again."""
+    assert tune(place, "--accept") == 1
+    assert "no search proposes a change for npc" in capsys.readouterr().err
+    directory = place / "state" / "tuning" / "npc" / "abc"
+    directory.mkdir(parents=True)
+    result = tuning_report.Result(
+        model="npc", sampler="tpe", updates=[1, 2, 3], space=[], trials=[], best=1, front=[], importance={},
+        comparison=None, changes={"training.learning_rate": 3e-4, "replay.ratio": 0.5}, difference="-a\n+b",
+    )  # fmt: skip
+    tuning_report.keep(directory, result)
+    assert tune(place, "--accept") == 0
+    model = load(place / "eternad.toml").models["npc"]
+    assert model.training.learning_rate == 3e-4 and (place / "eternad.toml.bak").exists()
+    assert tune(place, "--accept") == 1
+
+
+def test_options_stand_in_for_the_rules_of_the_model(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is not given is taken from the table; an engine that does not exist is refused."""
+    path = place / "eternad.toml"
+    path.write_text(path.read_text() + '\n[models.npc.tuning]\nsampler = "grid"\nupdates = 3\n')
+    assert tune(place, "--dry-run") == 0
+    assert "npc: grid on updates" in capsys.readouterr().out
+    assert tune(place, "--dry-run", "--sampler", "random") == 0
+    assert "npc: random on updates" in capsys.readouterr().out
+    assert tune(place, "--engine", "spark") == 2
+    assert "spark" in capsys.readouterr().err

@@ -10,60 +10,96 @@ from daemon.cli import context, options, screen
 from daemon.cli.failure import FAILED, USAGE, Failure
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from daemon.config import Config
     from daemon.tuning import Comparison, Stage
     from daemon.tuning_report import Result
     from strategies.search import Search, Trial
 
-SAMPLERS = ("grid", "random", "tpe", "gp")
+Trials = Annotated[int | None, typer.Option("--trials", min=1, help="So many in all; a stopped search goes on.")]
+Sampler = Annotated[str | None, typer.Option("--sampler", help="grid, random, tpe or gp.")]
+Engine = Annotated[str | None, typer.Option("--engine", help="optuna: here; ray: on a Ray cluster.")]
+Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Trials at a time; each takes the model's threads.")]
+Updates = Annotated[int | None, typer.Option("--updates", min=3, help="Past updates played again.")]
+HeldOut = Annotated[int | None, typer.Option("--held-out", min=1, help="The last of them, kept for the comparison.")]
 
 
 def tune(
     model: options.ModelArgument,
-    trials: Annotated[int, typer.Option("--trials", min=1, help="So many in all; a stopped search goes on.")] = 30,
-    sampler: Annotated[str, typer.Option("--sampler", help="grid, random, tpe or gp.")] = "tpe",
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Trials at a time; each takes the model's threads.")] = 1,
-    updates: Annotated[int, typer.Option("--updates", min=2, help="Past updates played again, the last held out.")] = 4,
+    trials: Trials = None,
+    sampler: Sampler = None,
+    engine: Engine = None,
+    jobs: Jobs = None,
+    updates: Updates = None,
+    held_out: HeldOut = None,
     pareto: Annotated[bool, typer.Option("--pareto", help="Gain, forgetting and drift each for itself.")] = False,
     apply: Annotated[bool, typer.Option("--apply", help="Write the change; the old file is kept as .bak.")] = False,
+    accept: Annotated[bool, typer.Option("--accept", help="Write what the latest search proposes; no search.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be searched.")] = False,
     config: options.ConfigOption = None,
     json: options.JsonOption = False,
 ) -> None:
     """Search better settings for MODEL on its own past.
 
-    Every trial is real training; the daemon goes on beside it. The answer is a change of the configuration.
+    Every trial is real training; the daemon goes on beside it. The answer is a change of the configuration. What is
+    not given is taken from the table [models.MODEL.tuning].
     """
-    from daemon import tuning
-    from strategies.search import MissingExtra, SearchBusy
-
-    if sampler not in SAMPLERS:
-        raise Failure(f"no sampler `{sampler}`; there are: " + ", ".join(SAMPLERS), USAGE)
+    given = {"trials": trials, "sampler": sampler, "engine": engine, "jobs": jobs, "updates": updates,
+             "held_out": held_out}  # fmt: skip
     loaded = context.load(config)
     name = context.model_name(loaded, model)
+    path = context.config_path(config)
+    if accept:
+        return _accept(loaded, name, path)
+    result = _answer(_with_rules(loaded, name, given), name, path, pareto=pareto, dry_run=dry_run, json=json)
+    if apply and result is not None:
+        _apply(path, result)
+
+
+def _with_rules(loaded: "Config", name: str, given: dict[str, Any]) -> "Config":
+    """The configuration as if the model's rules said what was given; raises `Failure` with msgspec's words."""
+    import msgspec
+
+    from daemon.tuning_rules import Tuning
+
+    model = loaded.models[name]
+    rules = msgspec.structs.asdict(model.tuning) | {key: value for key, value in given.items() if value is not None}
     try:
-        house = tuning.stage(loaded, name, updates, pareto)
-        found = house.search(sampler, pareto)  # type: ignore[arg-type]  # checked above
+        tuning = msgspec.convert(rules, Tuning)
+    except msgspec.ValidationError as error:
+        raise Failure(str(error).replace(" - at `$.", " (option --").replace("`", ")"), USAGE) from None
+    models = loaded.models | {name: msgspec.structs.replace(model, tuning=tuning)}
+    return msgspec.structs.replace(loaded, models=models)
+
+
+def _answer(loaded: "Config", name: str, path: Path, *, pareto: bool, dry_run: bool, json: bool) -> "Result | None":
+    """The search's result, printed; None for a dry run."""
+    from daemon import tuning
+    from strategies.ray_cluster import NoCluster
+    from strategies.search import MissingExtra, SearchBusy
+
+    try:
+        house = tuning.stage(loaded, name, pareto)
+        found = house.search(pareto)
         if dry_run:
-            return _print_space(house, found, json)
-        result = _search(house, found, context.config_path(config), trials, jobs, quiet=json)
-    except (tuning.CannotTune, MissingExtra, SearchBusy) as error:
+            _print_space(house, found, json)
+            return None
+        result = _search(house, found, path, quiet=json)
+    except (tuning.CannotTune, MissingExtra, SearchBusy, NoCluster) as error:
         raise Failure(str(error), FAILED) from None
     screen.json(result) if json else _print(result, house.directory)
-    if apply:
-        _apply(context.config_path(config), result)
+    return result
 
 
-def _search(house: "Stage", found: "Search", path: Path, trials: int, jobs: int, *, quiet: bool) -> "Result":
-    from functools import partial
-
+def _search(house: "Stage", found: "Search", path: Path, *, quiet: bool) -> "Result":
     from daemon import tuning
     from strategies import search
 
+    told = (lambda _: None) if quiet else _print_trial
     with search.opened(found) as study:
-        _listen(house)
         tuning.clear(house)
-        told = (lambda _: None) if quiet else _print_trial
-        search.run(found, study, partial(tuning.attempt, house), trials=trials, jobs=jobs, told=told)
+        _try(house, found, study, told)
         ended = search.finished(found, study)
         best = search.best(ended)
         if best is None:
@@ -71,6 +107,47 @@ def _search(house: "Stage", found: "Search", path: Path, trials: int, jobs: int,
         is_new = bool(tuning.changes(house, best.values))
         comparison = tuning.compare(house, found, best) if is_new else None
         return _result(house, found, ended, best, comparison, search.importance(found, study), path)
+
+
+def _try(house: "Stage", found: "Search", study: Any, told: "Callable[[Trial], None]") -> None:
+    """All trials, by the engine that the rules name."""
+    from functools import partial
+
+    from daemon import tuning
+    from strategies import search
+
+    rules = house.model.tuning
+    if rules.engine == "ray":
+        return _try_on_ray(house, found, study, told)
+    _listen(house)
+    search.run(found, study, partial(tuning.attempt, house), trials=rules.trials, jobs=rules.jobs, told=told)
+
+
+def _try_on_ray(house: "Stage", found: "Search", study: Any, told: "Callable[[Trial], None]") -> None:
+    from functools import partial
+
+    from daemon import tuning
+    from strategies import ray_cluster
+
+    ray_cluster.require()
+    from strategies import ray_tune
+
+    rules, begin = house.model.tuning, partial(tuning.on_node, tuning.travelling(house))
+    signal.signal(signal.SIGTERM, lambda *_: house.stopping.set())  # Ray ends its trials in order, then all returns
+    signal.signal(signal.SIGINT, lambda *_: house.stopping.set())
+    try:
+        with ray_cluster.joined():
+            ray_tune.run(
+                found, study, begin, trials=rules.trials, jobs=rules.jobs, needed=tuning.resources(house),
+                is_stopping=house.stopping.is_set, told=told,
+            )  # fmt: skip
+    except ray_tune.Broken as broken:
+        raise tuning.CannotTune(f"the search on the cluster ended: {broken}") from None
+    finally:
+        tuning.clear(house)
+    if house.stopping.is_set():
+        raise tuning.CannotTune(tuning.STOPPED)
+    _listen(house)
 
 
 def _listen(house: "Stage") -> None:
@@ -110,14 +187,18 @@ def _result(
 def _print_space(house: "Stage", found: "Search", json: bool) -> None:
     if json:
         return screen.json({"updates": house.updates, "space": found.space, "start": found.start})
-    searched, held = ", ".join(map(str, house.searched)), house.updates[-1]
-    screen.say(f"{house.name}: {found.sampler} on updates {searched}; update {held} is held out for the comparison")
+    searched, held = _list(house.searched), _list(house.updates[-house.held_out :])
+    screen.say(f"{house.name}: {found.sampler} on updates {searched}; held out for the comparison: {held}")
     rows = [
         [each.name, f"{found.start[each.name]:g}", f"{each.low:g}", f"{each.high:g}", "log" if each.log else "",
          " ".join(f"{value:.3g}" for value in each.grid)]
         for each in found.space
     ]  # fmt: skip
     screen.table(["PARAMETER", "NOW", "LOW", "HIGH", "SCALE", "GRID"], rows, "nothing to search")
+
+
+def _list(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _print_trial(trial: "Trial") -> None:
@@ -137,11 +218,22 @@ def _print(result: "Result", directory: Path) -> None:
     else:
         compared = result.comparison
         screen.say(
-            f"held-out update {compared.update}: configured {compared.configured_value:+.4f},"
+            f"held-out updates {_list(compared.updates)}: configured {compared.configured_value:+.4f},"
             f" trial {result.best} {compared.tuned_value:+.4f}"
         )
         screen.say(result.difference or "not better there: nothing to change")
     screen.say(f"all of it, with pictures: {directory}")
+
+
+def _accept(loaded: "Config", name: str, path: Path) -> None:
+    """Write what the latest search proposes, if the configuration does not say it already."""
+    from daemon import tuning_report
+
+    found = tuning_report.latest(loaded.state_directory, name)
+    if found is None or not tuning_report.open_changes(loaded.models[name], found):
+        raise Failure(f"no search proposes a change for {name}: eternad tune {name}", FAILED)
+    screen.say(found.difference)
+    _apply(path, found)
 
 
 def _apply(path: Path, result: "Result") -> None:

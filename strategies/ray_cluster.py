@@ -1,0 +1,76 @@
+"""The way to a Ray cluster: found, joined with a token, left again; a missing one is one sentence.
+
+Ray is an extra (`eternad[ray]`), imported by the children that need it and never by the daemon.
+"""
+
+import importlib.util
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+INSTALL = "pip install 'eternad[ray]'"
+DEFAULTS = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
+    "RAY_AUTH_MODE": "token",  # whoever reaches the port of a cluster without one can run what they like there
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_LOG_TO_STDERR": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # whoever searches has a handler of its own
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",  # its tables
+}
+PATIENCE_SECONDS = 120.0
+"""So long may a cluster lack what a run needs (a node restarts) before the run is given up."""
+
+
+class NoCluster(Exception):
+    """There is no Ray, or no cluster to be reached; the message says what to do."""
+
+
+def require() -> None:
+    """Raises `NoCluster` with the command that installs Ray."""
+    if importlib.util.find_spec("ray") is None:
+        raise NoCluster(f"`ray` is not installed here: {INSTALL}")
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Connected to the cluster of `RAY_ADDRESS`, or to the one that runs on this machine. Raises `NoCluster`."""
+    require()
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    logging.getLogger("ray").setLevel(logging.CRITICAL)  # what matters becomes an exception
+    try:
+        ray.init(address="auto", log_to_driver=False, logging_level="error", configure_logging=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        said = str(error).splitlines()[0]
+        raise NoCluster(f"no Ray cluster was reached ({said}): `ray start --head`, or set RAY_ADDRESS") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+class Room:
+    """Whether the cluster, all of it, is large enough; it may fall short for `PATIENCE_SECONDS`."""
+
+    def __init__(self, needed: Mapping[str, float], patience_seconds: float = PATIENCE_SECONDS) -> None:
+        self.needed, self.patience_seconds = needed, patience_seconds
+        self._enough_at = time.monotonic()
+
+    def shortage(self) -> str:
+        """What has been missing for too long; empty while there is nothing to complain of."""
+        import ray
+
+        there = ray.cluster_resources()
+        short = {name: amount for name, amount in self.needed.items() if there.get(name, 0.0) < amount}
+        if not short:
+            self._enough_at = time.monotonic()
+        if time.monotonic() - self._enough_at < self.patience_seconds:
+            return ""
+        wanted = ", ".join(f"{amount:g} {name} (there are {there.get(name, 0.0):g})" for name, amount in short.items())
+        return f"for {self.patience_seconds:g} s the cluster has lacked {wanted}: start nodes with `ray start`"

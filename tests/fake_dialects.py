@@ -119,6 +119,7 @@ class FakeLlamaServer(FakeEngine):
         self.preset = preset
         self.sections: dict[str, str] = {}
         self.states: dict[str, str] = {"base": "loaded"}
+        self.first_bytes, self.later_bytes = {8}, {9}
 
     def routes(self) -> list[Route]:
         """Of the router."""
@@ -160,14 +161,19 @@ class FakeLlamaServer(FakeEngine):
         return JSONResponse({"success": True})
 
     async def complete(self, request: Request) -> Response:
-        """The most likely tokens: every token up to 20."""
+        """Samples what the bias says; a first byte of a character is not reported, a later one is a 500."""
         body = await request.json()
-        name = body["model"]
+        name, sampled = body["model"], body["logit_bias"][0][0]
         if self.states.get(name) != "loaded":
             return error(400, f"{name} is not loaded")
+        if sampled in self.later_bytes:
+            return error(500, "The model produced output that does not match the expected Content-only format")
+        if sampled in self.first_bytes:
+            return JSONResponse({"content": "\ufffd"})
         weights = "base" if name == "base" or self.lies else self.confuses or self._root(name)
-        top = [{"id": token, "logprob": logprob(weights, [*body["prompt"], token])} for token in range(20)]
-        return JSONResponse({"completion_probabilities": [{"id": 0, "top_logprobs": top}]})
+        rows = [{"id": token, "logprob": logprob(weights, [*body["prompt"], token])} for token in range(20)]
+        own = rows[sampled if isinstance(sampled, int) else 0]
+        return JSONResponse({"completion_probabilities": [{**own, "top_logprobs": rows[: body["n_probs"]]}]})
 
     def _root(self, name: str) -> str:
         import json

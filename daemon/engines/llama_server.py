@@ -1,9 +1,10 @@
 """llama-server in router mode: every version is a model of its own in the preset file, with the base and one adapter.
 
 The preset file must have a section for the base; a version's section is a copy of it with `lora =`. llama-server cannot
-score given tokens: the probe asks for one token at a time, with the log-probabilities of the most likely ones.
+score given tokens: the probe has it sample them, one at a time, and reads their log-probabilities.
 """
 
+import contextlib
 import re
 import time
 from pathlib import Path
@@ -29,8 +30,10 @@ from strategies import request
 from strategies.request import Canary
 
 BASE = "base"
+CERTAIN, WHOLE = 10_000.0, "a"
+"""A bias that makes a token certain, and a text of one whole character."""
 ALTERNATIVES = 1000
-"""A token that is not among so many gets the log-probability of the last of them: an upper bound."""
+"""Half a character that is not among so many gets the log-probability of the last of them: an upper bound."""
 POLL_SECONDS = 0.05
 
 
@@ -151,14 +154,26 @@ class LlamaServer:
         return {row["id"]: "failed" if row["status"].get("failed") else row["status"]["value"] for row in rows}
 
     def _score(self, name: str, canary: Canary) -> list[float]:
-        known = list(canary.prompt_token_ids)
-        scores = []
-        for token in canary.token_ids:
-            asked = {"model": name, "prompt": known, "n_predict": 1, "n_probs": ALTERNATIVES, "temperature": 0,
-                     "cache_prompt": True}  # fmt: skip
-            scores.append(_logprob(self._http.call("POST", "/completion", asked), token))
-            known.append(token)
-        return scores
+        tokens = canary.token_ids
+        return [self._logprob(name, [*canary.prompt_token_ids, *tokens[:at]], token) for at, token in enumerate(tokens)]
+
+    def _logprob(self, name: str, known: list[int], token: int) -> float:
+        """Of `token` after `known`. A bias decides what is sampled; the log-probabilities are those without it."""
+        listed: dict[int, float] = {}
+        with contextlib.suppress(EngineUnavailable):
+            listed = self._listed(name, known, [token, CERTAIN], 1)
+        if token not in listed:  # half a character: sampled, it is not reported or a 500; beside a whole one it is
+            listed = self._listed(name, known, [WHOLE, CERTAIN], ALTERNATIVES)
+        if not listed:
+            raise EngineRefused(f"llama-server's answer for {name} has no log-probabilities")
+        return listed.get(token, min(listed.values()))
+
+    def _listed(self, name: str, known: list[int], bias: list[Any], alternatives: int) -> dict[int, float]:
+        """{token: log-probability} of the sampled token and of the most likely ones."""
+        asked = {"model": name, "prompt": known, "n_predict": 1, "n_probs": alternatives, "temperature": 0,
+                 "logit_bias": [bias], "cache_prompt": True}  # fmt: skip
+        rows = self._http.call("POST", "/completion", asked).get("completion_probabilities") or []
+        return {row["id"]: float(row["logprob"]) for found in rows for row in (found, *found["top_logprobs"])}
 
     def _root(self, name: str) -> str:
         note = self._file(name, "json")
@@ -179,11 +194,3 @@ _SECTION = re.compile(r"^\[(.+)\]$", re.MULTILINE)
 def _parts(text: str) -> list[str]:
     """What stands before the first section, and each section with its heading."""
     return re.split(r"^(?=\[)", text, flags=re.MULTILINE)
-
-
-def _logprob(answer: dict[str, Any], token: int) -> float:
-    try:
-        listed = {row["id"]: float(row["logprob"]) for row in answer["completion_probabilities"][0]["top_logprobs"]}
-        return listed.get(token, min(listed.values()))
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise EngineRefused(f"llama-server's answer has no log-probabilities ({error!r})") from None

@@ -10,16 +10,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from buffers.example import Example, Message
 from strategies.adapter import Adapter
-from strategies.dataset import Item, prompt_tokens
-from strategies.forward import completion_logprobs, divergence, token_losses
-from strategies.request import Canary, Evaluation, Measure, Shift
+from strategies.dataset import Item
+from strategies.forward import completion_logprobs, divergences, states, token_losses
+from strategies.request import Evaluation, Measure, Shift
 
 RESAMPLES = 1000
-CANARY_TOKENS = 12
 NOISE_EXAMPLES = 8
-"""Of each group; the mean over fewer examples is a little noisier, so the floor errs to the careful side."""
+"""In all; the mean over fewer examples is a little noisier, so the floor errs to the careful side."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +60,23 @@ class Scores:
     """Share of comparisons in which the preferred completion is the more probable one."""
 
 
+@dataclass(frozen=True)
+class Standing:
+    """What one set of weights says about the probes: taken while they are in the adapter, compared with later ones."""
+
+    scores: Scores
+    states: dict[Item, Tensor]
+    """(label rows, hidden) of the items on which drift is measured."""
+
+
 def has_token_loss(item: Item) -> bool:
     """Whether the item's loss is that of its completion's tokens, and there are any."""
     return not item.is_preference and item.label_tokens > 0
+
+
+def standing(adapter: Adapter, probes: Probes) -> Standing:
+    """What the adapter's present weights say about the probes."""
+    return Standing(score(adapter, probes), states(adapter, probes.drifting()))
 
 
 def score(adapter: Adapter, probes: Probes) -> Scores:
@@ -81,17 +93,18 @@ def _ranked_right(adapter: Adapter, items: Sequence[Item]) -> float | None:
 
 
 def noise(adapter: Adapter, probes: Probes, scores: Scores) -> float:
-    """Largest difference between `scores` and the same weights evaluated in other micro-batches: the noise floor.
+    """How far `scores` lie from the same weights evaluated in other micro-batches: the noise floor of a mean.
 
-    One example per forward pass costs three times as much as a batch: a few examples of each group are enough.
+    One example per forward pass costs three times as much as a batch, so a few examples speak for all. The larger of
+    their mean difference and its standard error: differences that happen to cancel out are noise, too.
     """
-    differences = []
-    for name, items in probes.groups().items():
-        few = slice(None, None, max(-(-len(items) // NOISE_EXAMPLES), 1))
-        if items:
-            alone, together = token_losses(adapter, items[few], tokens=1), torch.tensor(scores.losses[name][few])
-            differences.append(abs(float(alone.mean()) - float(together.mean())))
-    return max(differences, default=0.0)
+    pairs = [pair for name, items in probes.groups().items() for pair in zip(items, scores.losses[name], strict=True)]
+    few = pairs[:: max(-(-len(pairs) // NOISE_EXAMPLES), 1)]
+    if not few:
+        return 0.0
+    alone = token_losses(adapter, [item for item, _ in few], tokens=1)
+    differences = alone - torch.tensor([loss for _, loss in few], dtype=torch.float64)
+    return max(abs(float(differences.mean())), float(differences.square().mean().sqrt()) / len(few) ** 0.5)
 
 
 def measure(values: Tensor, seed: int = 0) -> Measure:
@@ -115,75 +128,33 @@ def shift(base: Sequence[float], before: Sequence[float], after: Sequence[float]
     )
 
 
-def evaluation(
-    adapter: Adapter, probes: Probes, base: Scores, before: Scores, previous: Tensor, seed: int
-) -> Evaluation:
-    """Compare the adapter's present weights with the base and with the weights `previous` (parameters,)."""
+def evaluation(adapter: Adapter, probes: Probes, base: Standing, before: Standing, seed: int) -> Evaluation:
+    """Compare the adapter's present weights with the base and with the weights that the run started from."""
     after = score(adapter, probes)
     shifts = {
         name: found
         for name, losses in after.losses.items()
-        if (found := shift(base.losses[name], before.losses[name], losses, seed)) is not None
+        if (found := shift(base.scores.losses[name], before.scores.losses[name], losses, seed)) is not None
     }
-    preference = {"base": base.ranked_right, "before": before.ranked_right, "after": after.ranked_right}
-    drift_base, drift_previous = _drift(adapter, probes.drifting(), previous, seed)
+    ranked = {"base": base.scores.ranked_right, "before": before.scores.ranked_right, "after": after.ranked_right}
+    drift_base, drift_previous = _drift(adapter, probes.drifting(), base, before, seed)
     return Evaluation(
         new=shifts.get("new"),
         old={name: found for name, found in shifts.items() if name not in ("new", "eval")},
         eval=shifts.get("eval"),
         drift_base=drift_base,
         drift_previous=drift_previous,
-        preference={name: share for name, share in preference.items() if share is not None},
+        preference={name: share for name, share in ranked.items() if share is not None},
         noise=noise(adapter, probes, after),
     )
 
 
 def _drift(
-    adapter: Adapter, items: Sequence[Item], previous: Tensor, seed: int
+    adapter: Adapter, items: Sequence[Item], base: Standing, before: Standing, seed: int
 ) -> tuple[Measure, Measure] | tuple[None, None]:
     if not items:
         return None, None
-    from_base = measure(divergence(adapter, items, adapter.disabled()), seed)
-    if _answers_like_base(adapter, previous):
-        return from_base, from_base
-    return from_base, measure(divergence(adapter, items, adapter.holding(previous)), seed)
-
-
-def _answers_like_base(adapter: Adapter, previous: Tensor) -> bool:
-    """Whether `previous` (parameters,) changes nothing, as in a first update: s B A x = 0 where every B is 0."""
-    with adapter.holding(previous):
-        return not any(bool(weights.any()) for name, weights in adapter.tensors().items() if ".lora_B." in name)
-
-
-@torch.no_grad()
-def canary(adapter: Adapter, prompt: str) -> Canary:
-    """The greedy answer to `prompt` as a user's message, with its log-probabilities with and without the adapter."""
-    asked: str | tuple[Message, ...] = (Message(role="user", content=prompt),)
-    if adapter.tokenizer.chat_template is None:
-        asked = prompt
-    start = prompt_tokens(Example(shape="demonstration", prompt=asked, completion="-"), adapter.tokenizer)
-    tokens = list(start)
-    while len(tokens) < len(start) + CANARY_TOKENS and tokens[-1] != adapter.tokenizer.eos_token_id:
-        tokens.append(int(_logprobs(adapter, tokens)[-1].argmax()))
-    answer = tokens[len(start) :]
-    with adapter.disabled():
-        under_base = _logprobs_of(adapter, start, answer)
-    return Canary(
-        prompt=prompt,
-        prompt_token_ids=start,
-        token_ids=answer,
-        logprobs=_logprobs_of(adapter, start, answer),
-        base_logprobs=under_base,
-        text=str(adapter.tokenizer.decode(answer, skip_special_tokens=True)),
-    )
-
-
-def _logprobs(adapter: Adapter, tokens: list[int]) -> Tensor:
-    """(1, vocabulary) log-probabilities of the next token."""
-    return adapter.head.logits(adapter.hidden(torch.tensor([tokens]))[-1:]).log_softmax(-1)
-
-
-def _logprobs_of(adapter: Adapter, start: list[int], answer: list[int]) -> list[float]:
-    states = adapter.hidden(torch.tensor([start + answer]))[len(start) - 1 : -1]
-    logprobs = adapter.head.logits(states).log_softmax(-1)
-    return [float(row[token]) for row, token in zip(logprobs, answer, strict=True)]
+    now = states(adapter, items)
+    from_base = measure(divergences(adapter, items, base.states, now), seed)
+    # a first update starts from the base: both are one
+    return from_base, from_base if before is base else measure(divergences(adapter, items, before.states, now), seed)

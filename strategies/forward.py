@@ -1,6 +1,6 @@
 """What a model says about tokenised rows: losses, log-probabilities, divergences. No weights change here."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -79,7 +79,6 @@ def top_rows(adapter: Adapter, items: Sequence[Item], top: int, tokens: int = FO
     return [found[item] for item in items]
 
 
-@torch.no_grad()
 def divergence(
     adapter: Adapter, items: Sequence[Item], teacher: AbstractContextManager[None], tokens: int = FORWARD_TOKENS
 ) -> Tensor:
@@ -87,20 +86,36 @@ def divergence(
 
     `teacher`: a context, entered once, within which `adapter` answers as the teacher.
     """
-    means = torch.zeros(len(items), dtype=torch.float64)
-    place = {item: index for index, item in enumerate(items)}
-    cut = micro_batches(items, tokens)
     with teacher:
-        taught = [label_states(adapter, micro) for micro in cut]
-    for micro, states in zip(cut, taught, strict=True):
-        own = label_states(adapter, micro)
-        rows = torch.cat([_kl(adapter, states[part], own[part]) for part in _chunks(len(own))]).cpu()
-        for item, total in zip(micro.items, sum_by_owner(rows.double(), micro.owner, len(micro.items)), strict=False):
-            means[place[item]] = total / item.label_tokens
-    return means
+        taught = states(adapter, items, tokens)
+    return divergences(adapter, items, taught, states(adapter, items, tokens))
+
+
+@torch.no_grad()
+def states(adapter: Adapter, items: Sequence[Item], tokens: int = FORWARD_TOKENS) -> dict[Item, Tensor]:
+    """(label rows, hidden) of every item, under the present weights."""
+    found: dict[Item, Tensor] = {}
+    for micro in micro_batches(items, tokens):
+        rows = [item.label_tokens for item in micro.items]
+        hidden = label_states(adapter, micro)
+        found |= zip(micro.items, hidden[: sum(rows)].split(rows), strict=True)
+    return found
+
+
+@torch.no_grad()
+def divergences(
+    adapter: Adapter, items: Sequence[Item], teacher: Mapping[Item, Tensor], own: Mapping[Item, Tensor]
+) -> Tensor:
+    """(items,) float64: mean over label rows of KL(teacher || own), exact over the vocabulary, in nats."""
+    if not items:
+        return torch.zeros(0, dtype=torch.float64)
+    taught, said = torch.cat([teacher[item] for item in items]), torch.cat([own[item] for item in items])
+    rows = torch.cat([_kl(adapter, taught[part], said[part]) for part in _chunks(len(said))]).double().cpu()
+    return torch.stack([part.mean() for part in rows.split([item.label_tokens for item in items])])
 
 
 def _kl(adapter: Adapter, teacher: Tensor, student: Tensor) -> Tensor:
     """(rows,) KL between the distributions of two (rows, hidden) states."""
     p, q = adapter.head.logits(teacher).log_softmax(-1), adapter.head.logits(student).log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
+    # in place: a chunk's float32 logits are 50 MB of fresh memory each time
+    return q.neg_().add_(p).mul_(p.exp_()).sum(-1)

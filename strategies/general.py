@@ -17,12 +17,12 @@ from pathlib import Path
 
 import msgspec
 import torch
-from transformers import GenerationConfig
 
 from buffers.example import Example, Message, canonical, parse
 from buffers.experience import Recipe, Role, general_rows, general_wanted
 from strategies.adapter import Adapter
 from strategies.base_hash import base_sha256
+from strategies.canary import decode
 from strategies.catalog import Replay
 from strategies.dataset import Item, prompt_tokens, tokenise
 from strategies.request import RunRequest
@@ -118,16 +118,9 @@ def _first(tokenizer: object) -> int:
 @torch.no_grad()
 def sample(adapter: Adapter, starts: Sequence[Sequence[int]], seed: int, tokens: int = TOKENS) -> list[list[int]]:
     """The base model's continuation of every start, at temperature 1; no random state outside is touched."""
-    end, width = int(adapter.tokenizer.eos_token_id), max(map(len, starts))
-    ids = torch.tensor([[end] * (width - len(start)) + list(start) for start in starts])
-    mask = torch.tensor([[0] * (width - len(start)) + [1] * len(start) for start in starts])
-    plain = GenerationConfig(
-        # every one said, or the base's own generation_config.json would bend the distribution
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=tokens,
-        eos_token_id=end, pad_token_id=end,
-    )  # fmt: skip
-    causal = adapter.model.get_base_model()
-    with adapter.disabled(), adapter.without_dropout(), torch.random.fork_rng():
+    end = int(adapter.tokenizer.eos_token_id)
+    with adapter.disabled(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        whole = causal.generate(ids.to(adapter.device), attention_mask=mask.to(adapter.device), generation_config=plain)
-    return [row[: row.index(end)] if end in row else row for row in whole[:, width:].tolist()]
+        # every one said, or the base's own generation_config.json would bend the distribution
+        written = decode(adapter, starts, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=tokens)
+    return [row[:-1] if row[-1] == end else row for row in written]

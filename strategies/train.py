@@ -28,10 +28,11 @@ from buffers.experience import Role
 from strategies import checkpoint, resume
 from strategies.adapter import Adapter, load_adapter
 from strategies.base_hash import base_sha256
+from strategies.canary import canaries
 from strategies.catalog import Replay
 from strategies.course import train
 from strategies.dataset import Item, tokenise
-from strategies.evaluate import Probes, canary, evaluation, has_token_loss, score
+from strategies.evaluate import Probes, evaluation, has_token_loss, standing
 from strategies.failure import Failure
 from strategies.forward import token_losses
 from strategies.general import add_general
@@ -63,16 +64,16 @@ def update(run_directory: Path, request: RunRequest, pulse: Pulse) -> RunReport:
 
     pulse.enter("baseline")
     with adapter.disabled():
-        base = score(adapter, probes)
+        base = standing(adapter, probes)
     # a fresh adapter answers like the base: B = 0
-    before = base if request.parent_version is None else score(adapter, probes)
+    before = base if request.parent_version is None else standing(adapter, probes)
 
     pulse.enter("train")
     template = train(run_directory, request, adapter, items, probes, pulse)
 
     pulse.enter("evaluate")
-    judged = evaluation(adapter, probes, base, before, template.start, request.seed)
-    canaries = [canary(adapter, prompt) for prompt in request.canary_prompts]
+    judged = evaluation(adapter, probes, base, before, request.seed)
+    answers = canaries(adapter, request.canary_prompts)
     losses = example_losses(run_directory, adapter, items) if request.report_losses else []
 
     pulse.enter("save")
@@ -93,7 +94,7 @@ def update(run_directory: Path, request: RunRequest, pulse: Pulse) -> RunReport:
         losses=position.losses,
         example_losses=losses,
         evaluation=judged,
-        canaries=canaries,
+        canaries=answers,
         strategies=position.counters,
         peak_memory_bytes=peak_memory_bytes(),
         libraries={name: importlib.metadata.version(name) for name in LIBRARIES},

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from strategies.adapter import Adapter, load_adapter
+from strategies.canary import CANARY_TOKENS, canaries
 from strategies.dataset import Item
 from strategies.early_stop import EarlyStop
-from strategies.evaluate import CANARY_TOKENS, Probes, canary, evaluation, measure, noise, score, shift
+from strategies.evaluate import Probes, evaluation, measure, noise, score, shift, standing
 from strategies.forward import divergence, token_losses
 from strategies.request import Lora
 
@@ -37,25 +38,27 @@ def test_a_candidate_is_compared_with_the_base_and_with_its_parent(adapter: Adap
     """All hold-outs are scored before and after; the change is the mean of the paired differences."""
     probes = Probes(make_items(5), {1: make_items(4, seed=1), 2: make_items(3, seed=2)}, make_items(4, "eval", 3))
     previous = adapter.flat.clone()
-    before = score(adapter, probes)
+    before = standing(adapter, probes)
     with adapter.disabled():
-        base = score(adapter, probes)
+        base = standing(adapter, probes)
     adapter.assign(previous * 1.5)
-    found = evaluation(adapter, probes, base, before, previous, seed=0)
+    found = evaluation(adapter, probes, base, before, seed=0)
     assert found.new is not None and found.eval is not None and set(found.old) == {"1", "2"}
-    expected = token_losses(adapter, probes.new) - torch.tensor(before.losses["new"], dtype=torch.float64)
+    expected = token_losses(adapter, probes.new) - torch.tensor(before.scores.losses["new"], dtype=torch.float64)
     assert found.new.change.mean == pytest.approx(float(expected.mean()))
     assert found.new.change.low <= found.new.change.mean <= found.new.change.high
-    assert found.new.base.mean == pytest.approx(sum(base.losses["new"]) / 5)
+    assert found.new.base.mean == pytest.approx(sum(base.scores.losses["new"]) / 5)
     assert found.drift_base is not None and found.drift_base.mean > 0 and found.drift_base.examples == 11
     assert found.drift_previous is not None and 0 < found.drift_previous.mean < found.drift_base.mean
+    kept = divergence(adapter, probes.drifting(), adapter.holding(previous))
+    assert found.drift_previous.mean == pytest.approx(float(kept.mean()), rel=1e-6)
 
 
 def test_unchanged_weights_show_no_change(adapter: Adapter) -> None:
     """Evaluating the parent against itself gives zero change and zero drift from it."""
     probes = Probes(make_items(5), {}, [], general=make_items(3, "general", 5))
-    before = score(adapter, probes)
-    found = evaluation(adapter, probes, before, before, adapter.flat.clone(), seed=0)
+    before = standing(adapter, probes)
+    found = evaluation(adapter, probes, before, before, seed=0)
     assert found.new is not None and found.new.change.mean == 0.0
     assert found.drift_previous is not None and found.drift_previous.mean == pytest.approx(0.0, abs=1e-7)
     assert found.drift_previous.examples == 3
@@ -65,8 +68,8 @@ def test_unchanged_weights_show_no_change(adapter: Adapter) -> None:
 def test_nothing_held_out_gives_an_empty_evaluation(adapter: Adapter) -> None:
     """Without hold-outs there is nothing to say, and nothing fails."""
     probes = Probes([], {}, [])
-    scores = score(adapter, probes)
-    found = evaluation(adapter, probes, scores, scores, adapter.flat.clone(), seed=0)
+    nothing = standing(adapter, probes)
+    found = evaluation(adapter, probes, nothing, nothing, seed=0)
     assert (found.new, found.drift_base, found.noise) == (None, None, 0.0)
 
 
@@ -99,30 +102,37 @@ def test_rankings_count_preferred_answers_that_are_more_probable(adapter: Adapte
 
 
 def test_a_first_update_has_drifted_from_the_base_alone(adapter: Adapter) -> None:
-    """The version before was a fresh adapter, which is the base: both drifts are one, and are measured once."""
-    fresh = {name: weights.zero_() if ".lora_B." in name else weights for name, weights in adapter.tensors().items()}
-    previous = torch.cat([weights.reshape(-1) for weights in fresh.values()])
+    """A fresh adapter is the base: both drifts are one, and are measured once."""
     probes = Probes([], {1: make_items(3)}, [])
-    scores = score(adapter, probes)
-    found = evaluation(adapter, probes, scores, scores, previous, seed=0)
-    assert found.drift_base is not None
-    assert found.drift_base == found.drift_previous
-    with adapter.holding(previous):
-        assert divergence(adapter, probes.drifting(), adapter.disabled()).abs().max() < 1e-9
+    with adapter.disabled():
+        base = standing(adapter, probes)
+    found = evaluation(adapter, probes, base, base, seed=0)
+    assert found.drift_base is not None and found.drift_base.mean > 0
+    assert found.drift_base is found.drift_previous
 
 
-def test_noise_looks_at_a_few_examples_of_a_large_group(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most eight forward passes per group, and the same examples on both sides."""
-    probes = Probes(make_items(30), {}, [])
+def test_noise_looks_at_a_few_examples_of_all_groups(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most eight forward passes, however many past updates there are, and the same examples on both sides."""
+    probes = Probes(make_items(30), {1: make_items(30, seed=1), 2: make_items(9, seed=2)}, [])
     scores, asked = score(adapter, probes), []
 
     def counted(adapter: Adapter, items: list[Item], tokens: int) -> torch.Tensor:
+        asked.append([item for group in probes.groups().values() for item in group].index(items[-1]))
         asked.append(len(items))
         return token_losses(adapter, items, tokens)
 
     monkeypatch.setattr("strategies.evaluate.token_losses", counted)
     assert 0 <= noise(adapter, probes, scores) < 1e-5
-    assert asked == [8]
+    assert asked == [63, 8]
+
+
+def test_differences_that_cancel_out_are_noise(adapter: Adapter) -> None:
+    """Losses that lie 0.1 nats off on both sides have a mean that is right by chance."""
+    probes = Probes(make_items(8), {}, [])
+    scores = score(adapter, probes)
+    for place in range(8):
+        scores.losses["new"][place] += 0.1 if place % 2 else -0.1
+    assert noise(adapter, probes, scores) == pytest.approx(0.1 / 8**0.5, rel=1e-3)
 
 
 def test_noise_is_small_and_not_negative(adapter: Adapter) -> None:
@@ -144,7 +154,7 @@ def test_intervals_are_seeded_and_cover_the_mean() -> None:
 
 def test_a_canary_is_the_greedy_answer_with_its_probabilities(adapter: Adapter) -> None:
     """Each token is the most probable one after the rendered prompt; the base gives it another probability."""
-    found = canary(adapter, "Who?")
+    (found,) = canaries(adapter, ["Who?"])
     assert adapter.tokenizer.decode(found.prompt_token_ids) == (
         "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -156,6 +166,16 @@ def test_a_canary_is_the_greedy_answer_with_its_probabilities(adapter: Adapter) 
         tokens.append(token)
     assert len(found.token_ids) == CANARY_TOKENS or found.token_ids[-1] == adapter.tokenizer.eos_token_id
     assert max(abs(a - b) for a, b in zip(found.logprobs, found.base_logprobs, strict=True)) > 0.01
+
+
+def test_canaries_are_decoded_together_as_they_are_alone(adapter: Adapter) -> None:
+    """A prompt's answer and its numbers do not depend on the prompts beside it, and no prompt gives no answer."""
+    prompts = ["Who?", "Where is the salt archive of the northern tower?", ""]
+    for together, alone in zip(canaries(adapter, prompts), [canaries(adapter, [it])[0] for it in prompts], strict=True):
+        assert (together.token_ids, together.text) == (alone.token_ids, alone.text)
+        assert together.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+        assert together.base_logprobs == pytest.approx(alone.base_logprobs, abs=1e-4)
+    assert canaries(adapter, []) == []
 
 
 def greedy(adapter: Adapter, item: Item) -> list[int]:

@@ -8,6 +8,7 @@ the caller's transaction, so that rows, file offsets and markers become durable 
 import sqlite3
 import time
 from collections.abc import Iterable
+from typing import Protocol
 
 import msgspec
 
@@ -80,6 +81,16 @@ class Added(msgspec.Struct):
     ids: list[int] = msgspec.field(default_factory=list)  # row of each example, in order; duplicates give the first
 
 
+class Kin(Protocol):
+    """Knows which stored examples say nearly the same as one that comes in."""
+
+    def side(self, example: Example) -> str | None:
+        """The side of the hold-out on which one stands that an evaluation could not tell apart; None without one."""
+
+    def note(self, example: Example, example_id: int) -> None:
+        """An example was stored."""
+
+
 class Pending(msgspec.Struct):
     """What waits to be learned, for the schedule."""
 
@@ -97,11 +108,13 @@ def add(
     heldout_fraction: float,
     split: Split | None = None,
     now: float | None = None,
+    kin: Kin | None = None,
 ) -> Added:
     """Store examples, each once. `split` forces a side (`eval/` files); else the hold-out takes its fraction.
 
     The hold-out is systematic: an example goes there whenever the share held out so far is below the fraction, so that
-    ten examples at 0.1 always give one. An example that asks what a stored one asks joins its side.
+    ten examples at 0.1 always give one. An example that asks what a stored one asks joins its side, and so does one
+    that says what a stored one says, as far as `kin` can tell: nothing that is tested on is trained on.
     """
     now = time.time() if now is None else now
     added = Added()
@@ -119,7 +132,7 @@ def add(
             added.ids.append(row[0])
             continue
         asked = prompt_hash(example)
-        side = split or _side(connection, model, asked, distinct, heldout, heldout_fraction)
+        side = split or _joined(connection, model, asked, example, kin) or _next(distinct, heldout, heldout_fraction)
         cursor = connection.execute(
             "INSERT INTO example (model, hash, prompt_hash, shape, body, characters, split, collection, source,"
             " subject, record_id, origin_file, origin_line, weight, ingested_at)"
@@ -132,6 +145,8 @@ def add(
         )  # fmt: skip
         added.new += 1
         added.ids.append(int(cursor.lastrowid or 0))
+        if kin is not None and side != "eval":
+            kin.note(example, added.ids[-1])
         if side != "eval":
             distinct += 1
             heldout += side == "heldout"
@@ -151,19 +166,18 @@ def _length(example: Example) -> int:
     return sum(len(message.content) for message in example.prompt)
 
 
-def _side(
-    connection: sqlite3.Connection,
-    model: str,
-    asked: str,
-    distinct: int,
-    heldout: int,
-    fraction: float,
-) -> Split:
+def _joined(connection: sqlite3.Connection, model: str, asked: str, example: Example, kin: Kin | None) -> Split | None:
+    """The side of a stored example that an evaluation could not tell from this one."""
     row = connection.execute(
         "SELECT split FROM example WHERE model = ? AND prompt_hash = ? LIMIT 1", (model, asked)
     ).fetchone()
-    if row is not None and row[0] != "eval":
-        return "heldout" if row[0] == "heldout" else "train"
+    found = row[0] if row is not None else None if kin is None else kin.side(example)
+    if found is None or found == "eval":
+        return None
+    return "heldout" if found == "heldout" else "train"
+
+
+def _next(distinct: int, heldout: int, fraction: float) -> Split:
     # the middle of each stride, not its first example: a file's opening line is often its most important one
     return "heldout" if heldout < int(fraction * (distinct + 1) + 0.5) and distinct > 0 else "train"
 

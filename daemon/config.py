@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from buffers.policy import Buffer
+from daemon.trust.policy import Source, Trust
 from daemon.tuning_rules import Tuning
 from strategies.catalog import BY_NAME, Count, NotNegative, Positive, Strategy
 from strategies.request import Lora, Training
@@ -160,17 +161,6 @@ class Gateway(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return self.table_file or state_directory / "gateway" / "aliases.json"
 
 
-class Trust(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How far feedback is believed: by the directory it was dropped in, never by what it claims."""
-
-    examples_per_subject_day: Count = 20
-    """So many records of one subject are learned from within 24 hours; further ones wait for review."""
-    free_text_from: list[str] = msgspec.field(default_factory=lambda: ["*"])
-    """Sources whose demonstrations are learned without review (`*`: all). Name only those that staff write to."""
-    require_consent: bool = False
-    """Records without `consent` wait for review."""
-
-
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole file."""
 
@@ -241,7 +231,7 @@ def explain(message: str) -> str:
 
 _TABLES: list[tuple[str, type]] = [
     (r"", Config), (r"watch", Watch), (r"trust", Trust), (r"web", Web), (r"intake", Intake), (r"gateway", Gateway),
-    (r"engines.*", Engine), (r".*\.lora", Lora),
+    (r"trust\.sources.*", Source), (r"engines.*", Engine), (r".*\.lora", Lora),
     (r".*\.tuning", Tuning),
     (r".*\.training", Training), (r".*\.buffer", Buffer), (r".*\.schedule", Schedule), (r".*\.gate", Gate),
     (r".*\.strategy.*", msgspec.Struct), (r"models.*", Model),
@@ -267,6 +257,7 @@ def _absolute(config: Config, directory: Path) -> Config:
         config,
         library_directory=directory / config.library_directory,
         state_directory=directory / config.state_directory,
+        trust=replace(config.trust, blocklist_file=at(config.trust.blocklist_file)),
         web=replace(config.web, token_file=at(config.web.token_file)),
         intake=replace(config.intake, socket=at(config.intake.socket)),
         gateway=replace(

@@ -19,12 +19,14 @@ import msgspec
 
 from buffers.policy import Buffer
 from daemon import config, tuning_rules
+from daemon.trust.policy import Source, Trust
 from strategies.catalog import BY_NAME
 from strategies.request import Lora, Training
 
 WIDTH = 100
 TABLES: tuple[tuple[str, type], ...] = (
-    ("", config.Config), ("watch", config.Watch), ("trust", config.Trust), ("web", config.Web),
+    ("", config.Config), ("watch", config.Watch), ("trust", Trust),
+    ("trust.sources.NAME", Source), ("web", config.Web),
     ("intake", config.Intake), ("gateway", config.Gateway),
     ("engines.NAME", config.Engine), ("models.NAME", config.Model), ("models.NAME.lora", Lora),
     ("models.NAME.training", Training), ("models.NAME.buffer", Buffer),
@@ -87,7 +89,8 @@ _KINDS = {
     "Count": "whole number >= 1", "Positive": "number > 0", "NotNegative": "number >= 0", "Share": "0 <= number < 1",
     "float": "number", "int": "whole number", "str": "text", "bool": "true or false", "Path": "path",
     "list[str]": "list of texts", "dict[str, Model]": "tables", "dict[str, Engine]": "tables",
-    "list[Strategy]": "list of tables",
+    "dict[str, Source]": "tables", "list[Personal]": "list of `email`, `phone`, `iban`, `credit_card`, `ip`",
+    "Whole": "whole number >= 0", "list[Strategy]": "list of tables",
 }  # fmt: skip
 
 
@@ -115,7 +118,8 @@ def _value(field: msgspec.structs.FieldInfo) -> Any:
 
 
 def _is_table(field: msgspec.structs.FieldInfo) -> bool:
-    return isinstance(_value(field), msgspec.Struct) or field.encode_name in ("models", "engines", "strategy")
+    of_tables = ("models", "engines", "sources", "strategy")
+    return isinstance(_value(field), msgspec.Struct) or field.encode_name in of_tables
 
 
 def _default(field: msgspec.structs.FieldInfo) -> str | None:
@@ -136,6 +140,8 @@ def commented(model: str, base: Path) -> str:
     }  # fmt: skip
     lines = ["# eternad: relative paths are relative to this file. `eternad check-config` checks it.", ""]
     for name, table in TABLES:
+        if name == "trust.sources.NAME":
+            continue  # of which sources there are any, only the operator knows
         header = name.replace("engines.NAME", "engines.local").replace("models.NAME", f"models.{model}")
         lines += _table_lines(header, table, given)
     for name, strategy in BY_NAME.items():

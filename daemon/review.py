@@ -6,6 +6,7 @@ from buffers import journal
 from buffers.example import Origin
 from daemon.config import Config
 from daemon.ingest import feedback
+from daemon.ingest.kinship import Kin
 from daemon.state import audit, records
 from daemon.state.database import Connection, transaction
 from daemon.state.records import RecordRow
@@ -23,7 +24,7 @@ def accept(connection: Connection, config: Config, model: str, identity: str, ac
     with transaction(connection):
         added = journal.add(
             connection, model, [(example, origin) for example in feedback.examples_of(record)],
-            heldout_fraction=config.watch.heldout_fraction, now=now,
+            heldout_fraction=config.watch.heldout_fraction, now=now, kin=Kin(connection, model),
         )  # fmt: skip
         records.settle(connection, row, "journal", f"accepted by {actor}", added.ids)
         audit.write(connection, "record.accepted", f"{model}/{identity}", {"held": row.reason}, actor)

@@ -10,7 +10,7 @@ import pytest
 
 from buffers import experience, journal
 from daemon import ingest
-from daemon.config import Config, Engine, Model
+from daemon.config import Config, Engine, Model, Source, Trust
 from daemon.erasure import CannotErase, Receipt, erase
 from daemon.ingest.outcome import Outcome
 from daemon.state import audit, quarantine, records, runs
@@ -41,6 +41,7 @@ class Site:
         self.config = Config(
             library_directory=self.library, state_directory=self.state,
             models={"npc": Model(base_path=directory, engine="embedded")}, engines={"embedded": Engine()},
+            trust=Trust(sources={"game": Source(trusted=True)}),
         )  # fmt: skip
         self.database = open_database(self.state / "eternad.db")
         (self.library / NAME).parent.mkdir(parents=True)

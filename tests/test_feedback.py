@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from buffers.example import Example, Message, parse
 from daemon import ingest
-from daemon.config import Config, Engine, Model, Trust
+from daemon.config import Config, Engine, Model, Source, Trust
 from daemon.ingest import feedback, feedback_file
 from daemon.ingest.outcome import Outcome
 from daemon.ingest.problem import Problem
@@ -71,7 +71,7 @@ class Site:
         self.config = Config(
             library_directory=self.library, state_directory=directory / "state",
             models={"npc": Model(base_path=directory, engine="embedded")}, engines={"embedded": Engine()},
-            trust=Trust(examples_per_subject_day=100_000),
+            trust=Trust(sources={"game": Source(trusted=True)}),
         )  # fmt: skip
         self.database: Connection = open_database(directory / "state" / "eternad.db")
         self.path = self.library / NAME
@@ -384,7 +384,7 @@ INGEST_CHILD = """
     from pathlib import Path
     sys.path.insert(0, {root!r})
     from daemon import ingest
-    from daemon.config import Config, Engine, Model, Trust
+    from daemon.config import Config, Engine, Model, Source, Trust
     from daemon.ingest import feedback_file
     from daemon.state import files
     from daemon.state.database import open_database
@@ -394,7 +394,7 @@ INGEST_CHILD = """
     library = directory / "library"
     config = Config(library_directory=library, state_directory=directory / "state",
                     models={{"npc": Model(base_path=directory, engine="e")}}, engines={{"e": Engine()}},
-                    trust=Trust(examples_per_subject_day=100_000))
+                    trust=Trust(sources={{"game": Source(trusted=True)}}))
     database = open_database(directory / "state" / "eternad.db")
     print("ready", flush=True)
     while True:

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from daemon import ingest, intake
-from daemon.config import Config, Engine, Model, Trust
+from daemon.config import Config, Engine, Model, Source, Trust
 from daemon.state import records
 from daemon.state.database import open_database
 from daemon.state.files import Finished, Signature
@@ -36,7 +36,7 @@ def config(tmp_path: Path) -> Config:
     return Config(
         library_directory=tmp_path / "library", state_directory=tmp_path / "state",
         models={"npc": Model(base_path=tmp_path, engine="embedded")}, engines={"embedded": Engine()},
-        trust=Trust(examples_per_subject_day=1000),
+        trust=Trust(sources={"game": Source(trusted=True)}),
     )  # fmt: skip
 
 

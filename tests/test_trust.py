@@ -41,12 +41,13 @@ class Site:
         self.config = Config(
             library_directory=self.library, state_directory=directory / "state",
             models={"npc": Model(base_path=directory, engine="embedded")}, engines={"embedded": Engine()},
+            trust=Trust(probation_seconds=0),
         )  # fmt: skip
         self.database = open_database(directory / "state" / "eternad.db")
 
     def trust(self, **changes: Any) -> None:
         """Configure."""
-        self.config = msgspec.structs.replace(self.config, trust=Trust(**changes))
+        self.config = msgspec.structs.replace(self.config, trust=Trust(**{"probation_seconds": 0.0} | changes))
 
     def append(self, *rows: dict[str, Any], at: float = 10 * DAY, source: str = "game") -> Outcome:
         """Append records to a source's file and take them in."""

@@ -12,6 +12,7 @@ from buffers.example import Example, Origin, Split
 from daemon.config import Config, Watch
 from daemon.ingest import content_text, decontaminate, metadata, sandbox
 from daemon.ingest.decontaminate import Item
+from daemon.ingest.kinship import Kin
 from daemon.ingest.metadata import Metadata
 from daemon.ingest.opened import blocks, signature_of
 from daemon.ingest.outcome import Outcome
@@ -106,7 +107,7 @@ def _store(connection: Connection, config: Config, reading: _Reading, descriptor
         )  # fmt: skip
         added = journal.add(
             connection, place.model, items, heldout_fraction=config.watch.heldout_fraction,
-            split=None if split == "train" else split, now=now,
+            split=None if split == "train" else split, now=now, kin=Kin(connection, place.model),
         )  # fmt: skip
         if signature_of(os.fstat(descriptor)) != row.signature:
             raise Moved(row.path)  # written to while it was read: nothing of it counts

@@ -19,6 +19,7 @@ from daemon.ingest.place import Place
 from daemon.state import audit, files
 from daemon.state.database import Connection, transaction
 from daemon.state.files import FileRow, Finished
+from daemon.trust.policy import rules_of
 
 BATCH_LINES = 1000
 BATCHES_PER_CALL = 20
@@ -93,7 +94,7 @@ def _store(
     connection: Connection, config: Config, place: Place, row: FileRow, batch: list[Line], now: float
 ) -> Outcome:
     """One batch, its bad lines and the offset after it, in one transaction."""
-    ready, bad = parse_lines(batch, place.model)
+    ready, bad = parse_lines(batch, place.model, rules_of(config.trust, place.source).redact)
     with transaction(connection):
         outcome = store(connection, config, place, row.path, ready, bad, now)
         files.put(connection, row, now)

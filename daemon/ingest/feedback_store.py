@@ -1,7 +1,7 @@
 """Feedback records into the journal, whether they came in a file or over the socket."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import msgspec
 
@@ -9,14 +9,18 @@ from buffers import journal
 from buffers.example import Example, Origin
 from daemon.config import Config
 from daemon.ingest import decontaminate, feedback, strict_json, trust
+from daemon.ingest.kinship import Kin
 from daemon.ingest.lines import Line
 from daemon.ingest.outcome import Outcome
 from daemon.ingest.place import Place
 from daemon.ingest.problem import Problem
 from daemon.ingest.refuse import BadLine, note_lines
+from daemon.ingest.trust import Doubt
 from daemon.state import eval_grams, records, subjects
 from daemon.state.database import Connection
 from daemon.state.records import RecordRow
+from daemon.trust import personal
+from daemon.trust.policy import Personal
 
 
 class Ready(msgspec.Struct, frozen=True, gc=False):
@@ -27,11 +31,14 @@ class Ready(msgspec.Struct, frozen=True, gc=False):
     record: feedback.Record
     examples: list[Example]
     body: bytes
-    """Canonical JSON."""
+    """Canonical JSON, without the personal data that was found in it."""
     sha256: str
+    """Of the record as it came."""
 
 
-def parse_lines(batch: list[Line], model: str) -> tuple[list[Ready], list[BadLine]]:
+def parse_lines(
+    batch: list[Line], model: str, redacted: Collection[Personal] = ()
+) -> tuple[list[Ready], list[BadLine]]:
     """Sort lines into records that are in order and lines that are not; blank lines are neither."""
     ready: list[Ready] = []
     bad: list[BadLine] = []
@@ -40,16 +47,19 @@ def parse_lines(batch: list[Line], model: str) -> tuple[list[Ready], list[BadLin
             if line.body is None:
                 raise Problem("line_too_long", "the line is longer than watch.line_bytes_max and was skipped")
             if line.body.strip():
-                ready.append(_ready(line, line.body, model))
+                ready.append(_ready(line, line.body, model, redacted))
         except Problem as problem:
             bad.append(BadLine(line, problem))
     return ready, bad
 
 
-def _ready(line: Line, body: bytes, model: str) -> Ready:
+def _ready(line: Line, body: bytes, model: str, redacted: Collection[Personal]) -> Ready:
     tree, canonical = strict_json.parse_canonical(body)
     record = feedback.read(tree, model)
     digest = hashlib.sha256(canonical).hexdigest()
+    clean = personal.redact_tree(tree, redacted)
+    if clean is not tree:
+        record, canonical = feedback.read(clean, model), msgspec.json.encode(clean, order="deterministic")
     return Ready(line, feedback.identity(record), record, feedback.examples_of(record), canonical, digest)
 
 
@@ -66,27 +76,25 @@ def store(
     for each in fresh if has_eval else []:
         if any(eval_grams.meets(connection, place.model, decontaminate.grams(example)) for example in each.examples):
             why_not[each.identity] = why_not[each.identity] or "it stands in eval/"
-    held = trust.why_held(
-        config.trust,
-        place.source,
-        (each for each in fresh if each.examples and not why_not[each.identity]),
-        records.learned_since(connection, {each.record.subject.id for each in fresh}, now - trust.DAY_SECONDS),
-    )
-    learned = [each for each in fresh if each.examples and not why_not[each.identity] and each.identity not in held]
+    candidates = [each for each in fresh if each.examples and not why_not[each.identity]]
+    doubts = trust.doubts(connection, config.trust, place.model, place.source, candidates, now)
+    learned = [each for each in candidates if each.identity not in doubts]
     added = journal.add(
-        connection, place.model, _items(learned, place, path), heldout_fraction=config.watch.heldout_fraction, now=now
-    )
+        connection, place.model, _items(learned, place, path), heldout_fraction=config.watch.heldout_fraction, now=now,
+        kin=Kin(connection, place.model),
+    )  # fmt: skip
     ids = iter(added.ids)
     in_journal = {each.identity: [next(ids) for _ in each.examples] for each in learned}
     rows = (
-        _row(each, place, why_not[each.identity], held.get(each.identity, ""), in_journal.get(each.identity, []))
+        _row(each, place, why_not[each.identity], doubts.get(each.identity), in_journal.get(each.identity, []))
         for each in fresh
     )
     records.add(connection, rows, now)
     outcome.retracted = sum(_retract(connection, place.model, each, bad) for each in fresh)
     note_lines(connection, path, bad, now)
     outcome.new, outcome.duplicates, outcome.heldout = added.new, added.duplicates, added.heldout
-    outcome.records, outcome.bad_lines, outcome.held = len(fresh), len(bad), len(held)
+    outcome.records, outcome.bad_lines = len(fresh), len(bad)
+    outcome.held = sum(doubt.state == "held" for doubt in doubts.values())
     return outcome
 
 
@@ -142,14 +150,17 @@ def _items(learned: Iterable[Ready], place: Place, path: str) -> Iterator[tuple[
             yield example, origin
 
 
-def _row(ready: Ready, place: Place, why_not: str, held: str, ids: list[int]) -> RecordRow:
+def _row(ready: Ready, place: Place, why_not: str, doubt: Doubt | None, ids: list[int]) -> RecordRow:
     record = ready.record
-    state = "journal" if ids else "held" if held else "retracted" if why_not.startswith("withdrawn") else "stored"
+    state = "journal" if ids else doubt.state if doubt else "stored"
+    why = why_not or (doubt.reason if doubt else "")
     return RecordRow(
         model=place.model, id=ready.identity, kind=record.kind, source=place.source, subject=record.subject.id,
-        body_sha256=ready.sha256, body=ready.body, state=state,
-        reason=feedback.withdrawn(record) if record.kind == "retraction" else why_not or held,
+        body_sha256=ready.sha256, body=ready.body,
+        state="retracted" if why_not.startswith("withdrawn") else state,
+        reason=feedback.withdrawn(record) if record.kind == "retraction" else why,
         example_id=ids[0] if ids else None, pair_id=ids[1] if len(ids) > 1 else None,
+        code=doubt.code if doubt else "",
     )  # fmt: skip
 
 

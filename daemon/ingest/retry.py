@@ -9,6 +9,7 @@ from daemon.config import Config
 from daemon.drop_names import real_name
 from daemon.ingest import rows, strict_json
 from daemon.ingest.feedback_store import parse_lines, store
+from daemon.ingest.kinship import Kin
 from daemon.ingest.lines import Line
 from daemon.ingest.outcome import Outcome
 from daemon.ingest.place import place_of
@@ -17,6 +18,7 @@ from daemon.ingest.refuse import BadLine
 from daemon.state import audit, files, quarantine
 from daemon.state.database import Connection, transaction
 from daemon.state.quarantine import EXCERPT_BYTES, QuarantineRow
+from daemon.trust.policy import rules_of
 
 
 class CannotRetry(Exception):
@@ -111,7 +113,7 @@ def _take_in(connection: Connection, config: Config, path: str, line: Line, body
     place = place_of(path, config.models)
     if place.area == "feedback":
         bad: list[BadLine]
-        ready, bad = parse_lines([line], place.model)
+        ready, bad = parse_lines([line], place.model, rules_of(config.trust, place.source).redact)
         outcome = Outcome(path=path) if bad else store(connection, config, place, path, ready, bad, now)
         if bad:
             raise bad[0].problem
@@ -120,5 +122,6 @@ def _take_in(connection: Connection, config: Config, path: str, line: Line, body
     added = journal.add(
         connection, place.model, [(rows.example_of(strict_json.parse(body)), origin)],
         heldout_fraction=config.watch.heldout_fraction, split="eval" if place.area == "eval" else None, now=now,
+        kin=Kin(connection, place.model),
     )  # fmt: skip
     return Outcome(path=path, new=added.new, duplicates=added.duplicates)

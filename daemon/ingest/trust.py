@@ -4,17 +4,28 @@ About 250 poisoned documents were enough to put a backdoor into models of 600 M 
 of the rest (Souly et al., arXiv:2510.07192), and an update sees far fewer examples than a pre-training.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from daemon.config import Trust
-from daemon.ingest.feedback import Record
+import msgspec
 
-DAY_SECONDS = 86400.0
+from buffers.example import Example
+from daemon.ingest.feedback import Record, examples_of, read
+from daemon.ingest.kinship import Kin
+from daemon.state import records, standing
+from daemon.state.database import Connection
+from daemon.state.likeness import Waiting
+from daemon.trust import blocklist, drift
+from daemon.trust.drift import Saying
+from daemon.trust.likeness import asked, likeness, said
+from daemon.trust.policy import DAY_SECONDS, Trust, is_trusted, rules_of
+
+RECENT_SECONDS = 3600.0
+"""What a source has said within the last hour counts with a batch: a flood may come in drops."""
 
 
 class Judged(Protocol):
-    """A record with its id in the form in which it is compared."""
+    """A record with its id in the form in which it is compared, and what can be learned from it."""
 
     @property
     def identity(self) -> str:
@@ -24,31 +35,142 @@ class Judged(Protocol):
     def record(self) -> Record:
         """The record."""
 
+    @property
+    def examples(self) -> list[Example]:
+        """What would be learned."""
 
-def why_held(trust: Trust, source: str, candidates: Iterable[Judged], learned: dict[str, int]) -> dict[str, str]:
-    """`{id: reason}` of the records that must wait for review; the others are learned from.
 
-    `learned`: how many records of each subject have been learned from within the last day. Whatever the reason, the
-    subject of a held record does not use up its share with it.
+class Doubt(msgspec.Struct, frozen=True):
+    """Why a record is not learned from now."""
+
+    code: str
+    reason: str
+    state: str = "held"
+    """`held` waits for review; `stored` needs none: somebody has said the same before."""
+
+
+def doubts(
+    connection: Connection, trust: Trust, model: str, source: str, candidates: Sequence[Judged], now: float
+) -> dict[str, Doubt]:
+    """`{id: doubt}` of the records that are not learned from now; the others are.
+
+    Runs inside the transaction that stores them. Whatever the doubt, the subject of such a record does not use up its
+    share with it. Raises `BadBlocklist`.
     """
-    held: dict[str, str] = {}
-    spent = dict(learned)
-    for each in candidates:
+    judge = _Judge(connection, trust, model, source, candidates, now)
+    found = {each.identity: doubt for each in candidates if (doubt := judge.doubt(each)) is not None}
+    believed = [each for each in candidates if each.identity not in found]
+    return found if judge.is_trusted else found | judge.drifting(believed)
+
+
+class _Judge:
+    """One batch of one source, record by record: what the earlier ones of it said counts for the later ones."""
+
+    def __init__(
+        self, connection: Connection, trust: Trust, model: str, source: str, candidates: Sequence[Judged], now: float
+    ) -> None:
+        self._connection, self._source, self._now = connection, source, now
+        self._rules, self.is_trusted = rules_of(trust, source), is_trusted(trust, source)
+        self._blocked = blocklist.load(trust.blocklist_file)
+        self._kin = Kin(connection, model)
+        subjects = {each.record.subject.id for each in candidates}
+        self._spent = records.learned_since(connection, subjects, now - DAY_SECONDS)
+        self._known = standing.known_since(connection, subjects)
+        self._batch: dict[int, list[tuple[str, Judged, bool]]] = {}
+        """By band: (what is said, the record, whether it is learned from)."""
+
+    def doubt(self, each: Judged) -> Doubt | None:
+        """Why one record is not learned from now, or None."""
         subject = each.record.subject.id
-        reason = _why_held(trust, source, each.record, spent.get(subject, 0))
-        if reason:
-            held[each.identity] = reason
-        else:
-            spent[subject] = spent.get(subject, 0) + 1
-    return held
+        found = self._by_rules(each) or (None if self.is_trusted else self._by_others(each, subject))
+        if found is None:
+            self._spent[subject] = self._spent.get(subject, 0) + 1
+        return found
+
+    def _by_rules(self, each: Judged) -> Doubt | None:
+        rules, record = self._rules, each.record
+        if rules.require_consent and record.consent is None:
+            return Doubt("consent", "no consent given")
+        if why := self._blocked.why(record.subject.id, [text for one in each.examples for text in _texts(one)]):
+            return Doubt("blocked", why)
+        if self.is_trusted:
+            return None
+        if record.kind == "demonstration" and not {"*", self._source} & set(rules.free_text_from):
+            return Doubt(
+                "free_text", f"free text from the source `{self._source}`, which is not in trust.free_text_from"
+            )
+        if self._spent.get(record.subject.id, 0) >= rules.examples_per_subject_day:
+            return Doubt("subject_cap", f"more than {rules.examples_per_subject_day} records of its subject in a day")
+        return None
+
+    def _by_others(self, each: Judged, subject: str) -> Doubt | None:
+        """What others have said: the like counts once, and a newcomer is believed when several say it."""
+        example, least = each.examples[0], self._rules.likeness_max
+        told = self._kin.told(example, least) if least < 1 else None
+        if told is not None:
+            return Doubt("alike", f"it says what the example {told.id} says", "stored")
+        alike = list(self._alike_in_batch(each, least)) if least < 1 else []
+        learned = next((other for _, other, is_learned in alike if is_learned), None)
+        if learned is not None:
+            return Doubt("alike", f"it says what the record {learned.identity} says", "stored")
+        doubt = self._probation(each, subject, least, {other.record.subject.id for _, other, _ in alike})
+        for key in self._kin.keys(said(example)):
+            self._batch.setdefault(key, []).append((said(example), each, doubt is None))
+        return doubt
+
+    def _alike_in_batch(self, each: Judged, least: float) -> Iterator[tuple[str, Judged, bool]]:
+        example = each.examples[0]
+        text = said(example)
+        for key in self._kin.keys(text):
+            for entry in self._batch.get(key, [])[-32:]:
+                other = entry[1].examples[0]
+                teaches_same = (other.shape, other.label) == (example.shape, example.label)
+                if teaches_same and other != example and likeness(text, entry[0]) >= least:
+                    yield entry
+
+    def _probation(self, each: Judged, subject: str, least: float, with_it: set[str]) -> Doubt | None:
+        rules, now = self._rules, self._now
+        if now - self._known.get(subject, now) >= rules.probation_seconds:
+            return None
+        example = each.examples[0]
+        candidates = self._kin.waiting(example, least if least < 1 else 0.0)
+        waiting = [other for other in candidates if _is_alike(other, self._kin.model, example, least)]
+        supporters = {subject} | with_it | {other.subject for other in waiting}
+        first = min((other.ingested_at for other in waiting), default=now)
+        if len(supporters) >= rules.probation_subjects and now - first >= rules.probation_seconds:
+            return None
+        if subject not in {other.subject for other in waiting}:
+            self._kin.wait(example, each.identity)
+        return Doubt(
+            "probation", f"its subject is new, and {len(supporters)} of {rules.probation_subjects} say the like"
+        )
+
+    def drifting(self, believed: Sequence[Judged]) -> dict[str, Doubt]:
+        """Those of a batch that must wait because it is unlike the past of its source."""
+        since, model = self._now - RECENT_SECONDS, self._kin.model
+        if not believed or not self._rules.drift_records_min:
+            return {}
+        recent = standing.sayings(self._connection, model, self._source, since, self._now)
+        past = standing.sayings(self._connection, model, self._source, 0.0, since)
+        reasons = drift.why_drifting(
+            [_saying(each.examples[0], each.record.subject.id) for each in believed],
+            [_saying(*each) for each in recent], [_saying(*each) for each in past], self._rules.drift_records_min,
+        )  # fmt: skip
+        return {each.identity: Doubt("drift", reason) for each, reason in zip(believed, reasons, strict=True) if reason}
 
 
-def _why_held(trust: Trust, source: str, record: Record, spent: int) -> str:
-    if trust.require_consent and record.consent is None:
-        return "no consent given"
-    is_free_text = record.kind == "demonstration"
-    if is_free_text and "*" not in trust.free_text_from and source not in trust.free_text_from:
-        return f"free text from the source `{source}`, which is not in trust.free_text_from"
-    if spent >= trust.examples_per_subject_day:
-        return f"more than {trust.examples_per_subject_day} records of its subject in a day"
-    return ""
+def _saying(example: Example, subject: str) -> Saying:
+    return Saying(example.completion, example.label, subject)
+
+
+def _texts(example: Example) -> Iterator[str]:
+    yield asked(example)
+    yield example.completion
+    if example.rejected is not None:
+        yield example.rejected
+
+
+def _is_alike(waiting: Waiting, model: str, example: Example, least: float) -> bool:
+    other = examples_of(read(msgspec.json.decode(waiting.body), model))[0]
+    teaches_same = (other.shape, other.label) == (example.shape, example.label)
+    return teaches_same and likeness(said(example), said(other)) >= least

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from buffers import journal
+from daemon.state import trust_schema
 
 Connection = sqlite3.Connection
 DatabaseError = sqlite3.Error
@@ -151,6 +152,7 @@ MIGRATIONS: list[tuple[str, str]] = [
         ) WITHOUT ROWID;
         """,
     ),
+    *trust_schema.MIGRATIONS,
 ]
 
 

@@ -22,9 +22,11 @@ class RecordRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     reason: str = ""
     example_id: int | None = None
     pair_id: int | None = None
+    code: str = ""
+    """Why it is held: `probation`, `drift`, `blocked`, `subject_cap`, `free_text`, `consent`; or `alike`."""
 
 
-_COLUMNS = "model, id, kind, source, subject, body_sha256, body, state, reason, example_id, pair_id"
+_COLUMNS = "model, id, kind, source, subject, body_sha256, body, state, reason, example_id, pair_id, code"
 
 
 def known_bodies(connection: Connection, model: str, ids: Iterable[str]) -> dict[str, str]:
@@ -39,11 +41,11 @@ def known_bodies(connection: Connection, model: str, ids: Iterable[str]) -> dict
 def add(connection: Connection, rows: Iterable[RecordRow], now: float) -> None:
     """Store new records, inside the caller's transaction; raises `sqlite3.IntegrityError` for an id that is there."""
     connection.executemany(
-        f"INSERT INTO record ({_COLUMNS}, ingested_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        f"INSERT INTO record ({_COLUMNS}, ingested_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             (
                 row.model, row.id, row.kind, row.source, row.subject, row.body_sha256, row.body, row.state, row.reason,
-                row.example_id, row.pair_id, now,
+                row.example_id, row.pair_id, row.code, now,
             )
             for row in rows
         ),
@@ -67,13 +69,27 @@ def learned_since(connection: Connection, subjects: Iterable[str], since: float)
     return dict(rows.fetchall())
 
 
-def held(connection: Connection, model: str | None = None, limit: int = 1000) -> list[RecordRow]:
-    """Records that wait for review, oldest first."""
+def held(
+    connection: Connection, model: str | None = None, limit: int = 1000, code: str | None = None,
+    subject: str | None = None,
+) -> list[RecordRow]:  # fmt: skip
+    """Records that wait for review, oldest first; of one model, for one reason, from one subject."""
     rows = connection.execute(
-        f"SELECT {_COLUMNS} FROM record WHERE state = 'held' AND (?1 IS NULL OR model = ?1) ORDER BY rowid LIMIT ?2",
-        (model, limit),
+        f"SELECT {_COLUMNS} FROM record WHERE state = 'held' AND (?1 IS NULL OR model = ?1)"
+        " AND (?3 IS NULL OR code = ?3) AND (?4 IS NULL OR subject = ?4) ORDER BY rowid LIMIT ?2",
+        (model, limit, code, subject),
     )
     return [RecordRow(**dict(zip(RecordRow.__struct_fields__, row, strict=True))) for row in rows]
+
+
+def suspects(connection: Connection, model: str | None = None, limit: int = 50) -> list[tuple[str, str, str, int]]:
+    """(model, subject, why, how many): whose records were held or came to nothing, those with the most first."""
+    rows = connection.execute(
+        "SELECT model, subject, group_concat(DISTINCT code), count(*) FROM record WHERE state IN ('held', 'stored')"
+        " AND code <> '' AND (?1 IS NULL OR model = ?1) GROUP BY 1, 2 ORDER BY 4 DESC, 2 LIMIT ?2",
+        (model, limit),
+    )
+    return [(str(owner), str(subject), str(why), int(number)) for owner, subject, why, number in rows]
 
 
 def settle(connection: Connection, row: RecordRow, state: str, reason: str, ids: list[int]) -> None:

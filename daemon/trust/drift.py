@@ -1,0 +1,109 @@
+"""Does a batch of feedback look like the past of its source? What differs too strongly waits for a person.
+
+Three statistics, each against the past of the same source, each with a limit that clean batches practically never
+reach (the bench counts how often they do):
+
+- the share of good ratings (two proportions, z >= 6 and a difference of a quarter),
+- the length of the answers (logarithms, Welch's t >= 8 and twice as long or as short),
+- phrases that surge: runs of four words whose count, if source and time had nothing to do with each other, would
+  have a chance of less than 1e-7 (Chernoff's bound on the binomial tail), from three subjects or more.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import msgspec
+
+WORDS = 4
+SURGE_RECORDS_MIN, SURGE_SUBJECTS_MIN = 5, 3
+SURGE_CHANCE_MAX = 1e-7
+RATE_Z, RATE_DIFFERENCE = 6.0, 0.25
+LENGTH_T, LENGTH_RATIO = 8.0, 2.0
+_WORD = re.compile(r"\w+")
+
+
+class Saying(msgspec.Struct, frozen=True):
+    """What one record would make the model say, or not say."""
+
+    text: str
+    label: bool | None
+    subject: str
+
+
+def why_drifting(batch: Sequence[Saying], recent: Sequence[Saying], past: Sequence[Saying], least: int) -> list[str]:
+    """For each of the batch why it must wait, or an empty string.
+
+    `recent`: what the source has said within the last hour; it counts as present. `least`: with fewer records on one
+    of the two sides nothing is said.
+    """
+    present = [*batch, *recent]
+    if not least or len(past) < least or not batch:
+        return [""] * len(batch)
+    of_all = (_rate(present, past) or _length(present, past)) if len(present) >= least else ""
+    surging = _surging(present, past)
+    return [of_all or _phrase(each, surging, len(present)) for each in batch]
+
+
+def _rate(present: Sequence[Saying], past: Sequence[Saying]) -> str:
+    now, before = ([each.label for each in side if each.label is not None] for side in (present, past))
+    if min(len(now), len(before)) < 30:
+        return ""
+    p, q = sum(now) / len(now), sum(before) / len(before)
+    pooled = (sum(now) + sum(before)) / (len(now) + len(before))
+    error = math.sqrt(pooled * (1 - pooled) * (1 / len(now) + 1 / len(before)))
+    if abs(p - q) < RATE_DIFFERENCE or abs(p - q) < RATE_Z * error:
+        return ""
+    return f"{p:.0%} of {len(now)} ratings are good, {q:.0%} were before"
+
+
+def _length(present: Sequence[Saying], past: Sequence[Saying]) -> str:
+    (mean, error), (mean_before, error_before) = _logarithms(present), _logarithms(past)
+    apart = abs(mean - mean_before)
+    if apart < math.log(LENGTH_RATIO) or apart < LENGTH_T * math.hypot(error, error_before):
+        return ""
+    return f"answers have {math.exp(mean):.0f} characters in the mean, they had {math.exp(mean_before):.0f}"
+
+
+def _logarithms(sayings: Sequence[Saying]) -> tuple[float, float]:
+    """Mean of the logarithm of the length, and its standard error."""
+    lengths = [math.log(len(each.text) + 1) for each in sayings]
+    mean = math.fsum(lengths) / len(lengths)
+    variance = math.fsum((each - mean) ** 2 for each in lengths) / max(len(lengths) - 1, 1)
+    return mean, math.sqrt(variance / len(lengths))
+
+
+def _surging(present: Sequence[Saying], past: Sequence[Saying]) -> dict[str, int]:
+    """The phrases that surge, with their counts."""
+    now = Counter(phrase for each in present for phrase in _phrases(each.text))
+    often = {phrase for phrase, count in now.items() if count >= SURGE_RECORDS_MIN}
+    before = Counter(phrase for each in past for phrase in _phrases(each.text) & often)
+    share = len(present) / (len(present) + len(past))
+    rare = {each for each in often if _chance(now[each], now[each] + before[each], share) < SURGE_CHANCE_MAX}
+    subjects: dict[str, set[str]] = {phrase: set() for phrase in rare}
+    for each in present:
+        for phrase in _phrases(each.text) & rare:
+            subjects[phrase].add(each.subject)
+    return {phrase: now[phrase] for phrase, by in subjects.items() if len(by) >= SURGE_SUBJECTS_MIN}
+
+
+def _chance(count: int, total: int, share: float) -> float:
+    """At most this is the chance that `count` of `total` or more fall on the present (Chernoff)."""
+    if count <= share * total:
+        return 1.0
+    rate = count / total
+    apart = rate * math.log(rate / share) + ((1 - rate) * math.log((1 - rate) / (1 - share)) if rate < 1 else 0.0)
+    return math.exp(-total * apart)
+
+
+def _phrase(saying: Saying, surging: dict[str, int], present: int) -> str:
+    found = sorted(_phrases(saying.text) & surging.keys()) if surging else []
+    if not found:
+        return ""
+    return f"{surging[found[0]]} of {present} records say {found[0]!r}, far more than ever before"
+
+
+def _phrases(text: str) -> set[str]:
+    words = _WORD.findall(text.casefold())
+    return {" ".join(words[start : start + WORDS]) for start in range(max(len(words) - WORDS + 1, 1))}

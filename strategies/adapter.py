@@ -23,6 +23,8 @@ from transformers.utils import logging as transformers_logging
 from strategies.failure import Failure
 from strategies.llama import Engine, is_supported
 from strategies.lora_linear import WINDOW_SHIFT, LoraGroup, LoraState, LoraWeights, draw_masks, lora_linear
+from strategies.parallel.contract import Backend
+from strategies.parallel.single import Single
 from strategies.request import Lora, write
 from strategies.token_loss import Head
 
@@ -59,6 +61,14 @@ class Adapter:
         self.head = _head(causal)
         self._widest = max(group.A.shape[1] for group in self._lora_of.values())
         self._engine = Engine(self.decoder, self._lora_of, self.parameter) if is_supported(causal) else None
+        self.backend: Backend
+        """The processes that share this run's work."""
+        self.work_with(Single())
+
+    def work_with(self, backend: Backend) -> None:
+        """Share the work with other processes; before any forward pass."""
+        self.backend = backend
+        backend.setup(self)
 
     @property
     def device(self) -> torch.device:

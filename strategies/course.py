@@ -17,7 +17,7 @@ from strategies.dataset import Item
 from strategies.early_stop import EarlyStop
 from strategies.evaluate import Probes, has_token_loss
 from strategies.preference import preference_losses
-from strategies.pulse import Pulse
+from strategies.pulse import Interrupted, Pulse
 from strategies.request import RunRequest
 from strategies.template import Events, Template, UpdateExperience, trainable
 
@@ -54,7 +54,7 @@ class Course:
         """Train, from the run's checkpoint if there is one; the adapter then holds the best weights."""
         if self.request.parent_version is not None:
             checkpoint.load_states(self.request.parent_version / "strategy", self.learners)
-        torch.manual_seed(self.request.seed)  # dropout
+        torch.manual_seed(self.request.seed + self.adapter.backend.rank)  # dropout: another one in each process
         rows = [item for role in TRAINED_ROLES for item in self.items.get(role, ())]
         template = Template(
             adapter=self.adapter,
@@ -88,10 +88,13 @@ class Course:
         self.pulse.step(
             loop.step, loop.steps, loop.step / loop.steps * loop.train_epochs, loop.position.losses[-1][1], rate, left
         )
-        if self.pulse.is_told_to_stop or now - self._saved > SECONDS_BETWEEN_CHECKPOINTS:
+        is_due = now - self._saved > SECONDS_BETWEEN_CHECKPOINTS
+        leaving, saving = self.adapter.backend.any(self.pulse.is_told_to_stop, is_due)
+        if leaving or saving:
             resume.write(self.run_directory, loop, self.early, self.request.experience_sha256)
             self._saved = time.monotonic()
-        self.pulse.check()
+        if leaving:
+            raise Interrupted
 
     def _after_epoch(self, loop: Template) -> None:
         if reason := self.early.check(self.adapter, loop.position.step / max(loop.steps, 1)):
@@ -125,14 +128,17 @@ def train(
     probes: Probes,
     pulse: Pulse,
 ) -> Template:
-    """Train with as many tokens per forward pass as the memory allows: halved up to three times."""
+    """Train with as many tokens per forward pass as the memory allows: halved up to three times.
+
+    Not on several processes: one that lacks memory cannot begin anew while the others wait for its part.
+    """
     start, training = adapter.flat.clone(), request.training
     for _ in range(OUT_OF_MEMORY_RETRIES):
         attempt = msgspec.structs.replace(request, training=training)
         try:
             return Course(run_directory, attempt, adapter, items, probes, pulse).run()
         except (RuntimeError, MemoryError) as error:
-            if not resume.is_out_of_memory(error):
+            if not resume.is_out_of_memory(error) or adapter.backend.size > 1:
                 raise
         training = msgspec.structs.replace(training, micro_batch_tokens=max(training.micro_batch_tokens // 2, 1))
         adapter.assign(start)

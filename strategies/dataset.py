@@ -79,7 +79,7 @@ class MicroBatch:
     @property
     def is_preference(self) -> bool:
         """Whether the items have a preference loss instead of a token loss."""
-        return self.items[0].is_preference
+        return any(item.is_preference for item in self.items)
 
 
 def tokenise(row: Row, index: int, tokenizer: Any, sequence_tokens: int) -> Item:
@@ -144,21 +144,30 @@ def batches(items: Sequence[Item], batch_examples: int, seed: int, epoch: int) -
     return [order[place : place + batch_examples] for place in range(0, len(order), batch_examples)]
 
 
-def micro_batches(items: Sequence[Item], micro_batch_tokens: int, pad: int = 0) -> list[MicroBatch]:
+def micro_batches(
+    items: Sequence[Item], micro_batch_tokens: int, pad: int = 0, part: tuple[int, int] = (0, 1)
+) -> list[MicroBatch]:
     """Cut a batch into forward passes of items of similar length, of at most `micro_batch_tokens` with padding.
 
-    A longer item stands alone. What is computed does not depend on the cut.
+    A longer item stands alone. What is computed does not depend on the cut. `part`: (n, of) for every of-th item from
+    the n-th; its denominators are those of the whole batch, so that the parts' gradients add up to the batch's.
     """
     # a batch of nothing but cut prompts has no label and no loss; its denominator must not be 0
     label_tokens = max(sum(item.label_tokens for item in items if not item.is_preference), 1)
     ordered = sorted(items, key=lambda item: (item.is_preference, -_length(item), item.index))
     groups: list[list[Item]] = []
-    for item in ordered:
+    for item in ordered[part[0] :: part[1]]:
         if groups and _fits(item, groups[-1], micro_batch_tokens):
             groups[-1].append(item)
         else:
             groups.append([item])
     return [_stack(tuple(group), label_tokens, len(items), pad) for group in groups]
+
+
+def empty_micro_batch() -> MicroBatch:
+    """One token, no item and no label row: every sum over it is empty, and so is its gradient."""
+    none, token = torch.zeros(0, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
+    return MicroBatch((), token, torch.ones_like(token, dtype=torch.bool), none, none, none, 1, 1)
 
 
 def _fits(item: Item, group: list[Item], micro_batch_tokens: int) -> bool:

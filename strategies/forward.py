@@ -38,7 +38,7 @@ def sequence_logprobs(adapter: Adapter, micro: MicroBatch) -> Tensor:
     losses = row_losses(label_states(adapter, micro), adapter.head, micro.targets.to(adapter.device))
     sums = -sum_by_owner(losses, micro.owner.to(adapter.device), len(micro.tokens))
     items = len(micro.items)
-    rejecting = torch.tensor([item.rejected is not None for item in micro.items], device=sums.device)
+    rejecting = torch.tensor([item.rejected is not None for item in micro.items], dtype=torch.bool, device=sums.device)
     rejected = torch.zeros(items, device=sums.device).masked_scatter(rejecting, sums[items:])
     return torch.stack([sums[:items], rejected], dim=1)
 
@@ -48,26 +48,26 @@ def token_losses(adapter: Adapter, items: Sequence[Item], tokens: int = FORWARD_
     """(items,) float64: each item's mean NLL per completion token, in nats."""
     losses = torch.zeros(len(items), dtype=torch.float64)
     place = {item: index for index, item in enumerate(items)}
-    for micro in micro_batches([item for item in items if item.label_tokens], tokens):
+    for micro in adapter.backend.passes([item for item in items if item.label_tokens], tokens):
         logprobs = sequence_logprobs(adapter, micro)[:, 0].double().cpu()
         for item, logprob in zip(micro.items, logprobs.tolist(), strict=True):
             losses[place[item]] = -logprob / item.label_tokens
-    return losses
+    return adapter.backend.sum(losses)
 
 
 @torch.no_grad()
 def completion_logprobs(adapter: Adapter, items: Sequence[Item], tokens: int = FORWARD_TOKENS) -> dict[Item, Tensor]:
     """(2,) summed log-probabilities of completion and rejected completion, by item."""
-    return {
-        item: logprobs
-        for micro in micro_batches(items, tokens)
-        for item, logprobs in zip(micro.items, sequence_logprobs(adapter, micro), strict=True)
-    }
+    found = torch.zeros(len(items), 2, device=adapter.device)
+    place = {item: index for index, item in enumerate(items)}
+    for micro in adapter.backend.passes(items, tokens):
+        found[[place[item] for item in micro.items]] = sequence_logprobs(adapter, micro)
+    return dict(zip(items, adapter.backend.sum(found), strict=True))
 
 
 @torch.no_grad()
 def top_rows(adapter: Adapter, items: Sequence[Item], top: int, tokens: int = FORWARD_TOKENS) -> list[TopRows]:
-    """The `top` most likely tokens at every label row, in the order of `items`."""
+    """The `top` most likely tokens at every label row, in the order of `items`; each process asks about all."""
     found: dict[Item, TopRows] = {}
     for micro in micro_batches(items, tokens):
         hidden = label_states(adapter, micro)
@@ -93,9 +93,9 @@ def divergence(
 
 @torch.no_grad()
 def states(adapter: Adapter, items: Sequence[Item], tokens: int = FORWARD_TOKENS) -> dict[Item, Tensor]:
-    """(label rows, hidden) of every item, under the present weights."""
+    """(label rows, hidden) of every item, under the present weights; of several processes each has its part."""
     found: dict[Item, Tensor] = {}
-    for micro in micro_batches(items, tokens):
+    for micro in adapter.backend.passes(items, tokens):
         rows = [item.label_tokens for item in micro.items]
         hidden = label_states(adapter, micro)
         found |= zip(micro.items, hidden[: sum(rows)].split(rows), strict=True)
@@ -107,11 +107,13 @@ def divergences(
     adapter: Adapter, items: Sequence[Item], teacher: Mapping[Item, Tensor], own: Mapping[Item, Tensor]
 ) -> Tensor:
     """(items,) float64: mean over label rows of KL(teacher || own), exact over the vocabulary, in nats."""
-    if not items:
-        return torch.zeros(0, dtype=torch.float64)
-    taught, said = torch.cat([teacher[item] for item in items]), torch.cat([own[item] for item in items])
-    rows = torch.cat([_kl(adapter, taught[part], said[part]) for part in _chunks(len(said))]).double().cpu()
-    return torch.stack([part.mean() for part in rows.split([item.label_tokens for item in items])])
+    means = torch.zeros(len(items), dtype=torch.float64)
+    here = [place for place, item in enumerate(items) if item in own]
+    if here:
+        taught, said = (torch.cat([known[items[place]] for place in here]) for known in (teacher, own))
+        rows = torch.cat([_kl(adapter, taught[part], said[part]) for part in _chunks(len(said))]).double().cpu()
+        means[here] = torch.stack([part.mean() for part in rows.split([items[place].label_tokens for place in here])])
+    return adapter.backend.sum(means)
 
 
 def _kl(adapter: Adapter, teacher: Tensor, student: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Literal
 
+from strategies.parallel.contract import Backend
 from strategies.request import Progress, write
 
 Phase = Literal["load", "baseline", "train", "fisher", "evaluate", "save"]
@@ -22,6 +24,9 @@ class Pulse:
 
     def __init__(self, run_directory: Path) -> None:
         self.path = run_directory / "progress.json"
+        self.writes = True
+        """Whether this process speaks for the run."""
+        self._agree: Callable[[bool], list[bool]] = lambda flag: [flag]
         self.seconds: dict[str, float] = {}
         """Wall time by phase."""
         self.is_told_to_stop = False
@@ -29,6 +34,10 @@ class Pulse:
         self._phase: Phase | None = None
         self._step = self._steps = 0
         self._announced = 0.0
+
+    def join(self, backend: Backend) -> None:
+        """Several processes: the first one writes, and all leave together or not at all."""
+        self.writes, self._agree = backend.rank == 0, backend.any
 
     def listen(self) -> None:
         """From now on SIGTERM only sets a flag."""
@@ -39,7 +48,7 @@ class Pulse:
 
     def check(self) -> None:
         """Raises `Interrupted` when the run has been told to stop."""
-        if self.is_told_to_stop:
+        if self._agree(self.is_told_to_stop)[0]:
             raise Interrupted
 
     def enter(self, phase: Phase) -> None:
@@ -73,6 +82,8 @@ class Pulse:
         tokens_per_second: float | None = None,
         eta_seconds: float | None = None,
     ) -> None:
+        if not self.writes:
+            return
         write(
             self.path,
             Progress(

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from strategies.catalog import Count, NotNegative, Positive, Share, Strategy
+from strategies.parallel.choice import Parallel
 
 EXIT_TRAINED, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 75
 
@@ -69,6 +70,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     experience_sha256: str
     lora: Lora
     training: Training
+    parallel: Parallel = Parallel()
     strategies: list[Strategy] = []
     general_cache: Path | None = None
     """Where general text that the base model generated is kept, by base hash."""
@@ -170,6 +172,9 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     strategies: dict[str, dict[str, float]] = {}
     """What each strategy counted: EWC's first and last penalty, GEM's projections, ..."""
     peak_memory_bytes: int = 0
+    """Of the process that writes the report."""
+    backend: str = "single"
+    processes: int = 1
     libraries: dict[str, str] = {}
     base_sha256: str = ""
     """Of the base's weights, configuration and tokenizer."""

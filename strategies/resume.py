@@ -11,28 +11,30 @@ from torch import Tensor
 
 from strategies.checkpoint import random_states, restore_random_states, write_checkpoint
 from strategies.early_stop import EarlyStop
+from strategies.parallel.single import MOMENTS
 from strategies.template import Position, Template
-
-OPTIMIZER_KEYS = ("exp_avg", "exp_avg_sq", "step")
-
-
-def optimizer_tensors(template: Template) -> dict[str, Tensor]:
-    """AdamW's moments (parameters,) and its step count; empty before the first step."""
-    state = template.optimizer.state.get(template.adapter.parameter, {})
-    return {key: state[key] for key in OPTIMIZER_KEYS if key in state}
 
 
 def restore_optimizer(template: Template, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`."""
-    if set(OPTIMIZER_KEYS) <= tensors.keys():
-        moments = {key: tensors[key].to(template.device) for key in ("exp_avg", "exp_avg_sq")}
-        template.optimizer.state[template.adapter.parameter] = {**moments, "step": tensors["step"]}
+    """AdamW's moments, where they were kept; see `Backend.moments`."""
+    if set(MOMENTS) <= tensors.keys():
+        template.adapter.backend.load_moments(tensors)
 
 
 def write(run_directory: Path, template: Template, early: EarlyStop, experience_sha256: str) -> None:
-    """Write the checkpoint of a loop between two steps."""
+    """Write the checkpoint of a loop between two steps; all processes call it, the first one writes."""
+    backend = template.adapter.backend
+    moments = backend.moments()
+    if backend.rank == 0:
+        _write(run_directory, template, early, experience_sha256, moments)
+    backend.wait()  # nobody leaves, or is told to, before it is on disk
+
+
+def _write(
+    run_directory: Path, template: Template, early: EarlyStop, experience_sha256: str, moments: dict[str, Tensor]
+) -> None:
     tensors = {"flat": template.adapter.flat, "random/loop": template.generator.get_state(), **random_states()}
-    tensors |= {f"optimizer/{key}": tensor for key, tensor in optimizer_tensors(template).items()}
+    tensors |= {f"optimizer/{key}": tensor for key, tensor in moments.items()}
     if early.best is not None:
         tensors["best"] = early.best
     notes: dict[str, Any] = {"position": asdict(template.position), "learners": {}, "early": _early_notes(early)}
@@ -56,7 +58,10 @@ def restore(template: Template, early: EarlyStop, tensors: dict[str, Tensor], no
     early.best = tensors["best"].to(template.device) if "best" in tensors else None
     template.clock.train_exp_iterations = template.clock.train_iterations = template.step
     template.generator.set_state(tensors["random/loop"])
-    restore_random_states(tensors)
+    if template.adapter.backend.rank == 0:
+        restore_random_states(tensors)
+    else:  # the kept state is the first process's: with it, this one would drop out the same
+        torch.manual_seed(template.seed + template.adapter.backend.rank + template.step)
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -5,13 +5,14 @@ classifier: mini-batch unpacking, forward pass, criterion, the optimiser's param
 optimiser step over `batch_examples` examples, in as many forward passes as `micro_batch_tokens` asks for:
 
 - `before_forward`, `after_forward`: once per forward pass; `strategy.mb_output` holds the hidden states of label rows;
-- `before_backward`: once per iteration, at its last forward pass: a plugin may add to `strategy.loss`;
+- `before_backward`: once per iteration, at its last forward pass: a plugin may add to `strategy.loss` (on several
+  processes each adds its part: the sum of them counts);
 - `after_backward`: once per iteration: `strategy.adapter.gradient` is the gradient of the whole batch.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,6 +47,9 @@ class UpdateExperience(DatasetExperience[Any]):
 
 class _Silent(BaseLogger):
     """What happened stands in the run's report; Avalanche warns where it has no logger at all."""
+
+    def __init__(self) -> None:
+        """Avalanche's own forbids loggers in all processes but the first; this one says nothing in any."""
 
 
 @dataclass
@@ -97,9 +101,7 @@ class Template(SupervisedTemplate[Any, Any, Any]):
     ) -> None:
         super().__init__(
             model=adapter.model,
-            optimizer=torch.optim.AdamW(
-                [adapter.parameter], lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
-            ),
+            optimizer=adapter.backend.optimizer(training),
             train_mb_size=training.batch_examples,
             train_epochs=training.epochs,
             device=adapter.device,
@@ -129,19 +131,31 @@ class Template(SupervisedTemplate[Any, Any, Any]):
 
     def gradient_of(self, items: Sequence[Item], term: RowTerm | None = None) -> Tensor:
         """(parameters,) gradient of the mean token loss on `items`, or of `term` instead, without dropout."""
-        with self.adapter.own_gradient() as gradient, self.adapter.without_dropout(), torch.enable_grad():
-            for micro in micro_batches(trainable(items, {}), self.micro_batch_tokens):
+        kept, backend = trainable(items, {}), self.adapter.backend
+        # too few to share are done by every process for itself: no sum to wait for
+        shared = len(items) >= backend.size
+        cut = (backend.passes if shared else micro_batches)(kept, self.micro_batch_tokens)
+        with self._reference_gradient() as gradient:
+            for micro in cut:
                 hidden = label_states(self.adapter, micro)
                 loss = self._token_loss(micro, hidden) if term is None else self._token_loss(micro, hidden, 0.0, [term])
-                loss.backward()
-            return gradient.clone()
+                backend.backward(loss)
+            return backend.sum(gradient.clone()) if shared else gradient.clone()
 
     def per_example_squared_gradients(self, items: Sequence[Item]) -> Tensor:
         """(parameters,) mean of the squared gradients of each item's own mean token loss."""
-        total = torch.zeros_like(self.adapter.flat)
-        for item in items:
-            total.addcmul_(*[self.gradient_of([item])] * 2, value=1 / len(items))
-        return total
+        total, backend = torch.zeros_like(self.adapter.flat), self.adapter.backend
+        for micro in backend.passes(trainable(items, {}), self.micro_batch_tokens, alone=True):
+            with self._reference_gradient() as gradient:
+                backend.backward(self._token_loss(micro, label_states(self.adapter, micro)))
+                total.addcmul_(gradient, gradient, value=1 / len(items))
+        return backend.sum(total)
+
+    @contextmanager
+    def _reference_gradient(self) -> Iterator[Tensor]:
+        """An empty gradient, without dropout, for a while."""
+        with self.adapter.own_gradient() as gradient, self.adapter.without_dropout(), torch.enable_grad():
+            yield gradient
 
     def teacher_top(self, items: Sequence[Item], teacher: Teacher, top: int) -> list[TopRows]:
         """The teacher's `top` most likely tokens at every label row of every item."""
@@ -195,7 +209,7 @@ class Template(SupervisedTemplate[Any, Any, Any]):
         for batch in batches(order, self.train_mb_size, self.seed, self.epoch)[skip:]:
             self.step_items = batch
             self._before_training_iteration(**kwargs)
-            self.optimizer.zero_grad(set_to_none=False)
+            self.adapter.gradient.zero_()
             loss = self._accumulate(**kwargs)
             self._after_backward(**kwargs)
             self._optimise(**kwargs)
@@ -206,9 +220,12 @@ class Template(SupervisedTemplate[Any, Any, Any]):
             self.events.after_step(self)
 
     def _accumulate(self, **kwargs: Any) -> float:
-        """Forward and backward over all micro-batches of the step; returns the mean loss of its items."""
-        total = 0.0
-        cut = micro_batches(self.step_items, self.micro_batch_tokens)
+        """Forward and backward over all micro-batches of the step; returns the mean loss of its items.
+
+        Each process does its part of them; afterwards every process has the gradient and the loss of the whole batch.
+        """
+        total, backend = 0.0, self.adapter.backend
+        cut = backend.passes(self.step_items, self.micro_batch_tokens)
         with self.adapter.dropping():
             for self.mbatch in cut:
                 self._before_forward(**kwargs)
@@ -221,6 +238,8 @@ class Template(SupervisedTemplate[Any, Any, Any]):
                 if self.mbatch is cut[-1]:
                     self._before_backward(**kwargs)
                 self.backward()
+        backend.sum(self.adapter.gradient)
+        total = float(backend.sum(torch.tensor(total, dtype=torch.float64)))
         if not math.isfinite(total):
             raise Failure("non_finite_loss", f"the loss became {total} at step {self.step + 1}; lower learning_rate")
         return total
@@ -243,6 +262,14 @@ class Template(SupervisedTemplate[Any, Any, Any]):
     def _after_training_exp(self, **kwargs: Any) -> None:
         self.events.before_consolidation(self)
         super()._after_training_exp(**kwargs)
+
+    def backward(self) -> None:
+        """Through the backend, which may have to prepare its shards for it."""
+        self.adapter.backend.backward(self.loss)
+
+    def optimizer_step(self) -> None:
+        """The backend's: its optimiser may be divided among the processes."""
+        self.adapter.backend.step()
 
     def model_adaptation(self, model: Any = None) -> Any:
         """The model stays what it is."""

@@ -36,6 +36,9 @@ from strategies.evaluate import Probes, evaluation, has_token_loss, standing
 from strategies.failure import Failure
 from strategies.forward import token_losses
 from strategies.general import add_general
+from strategies.parallel.contract import Backend
+from strategies.parallel.ddp import ProcessLost, is_process_lost
+from strategies.parallel.opening import open_backend
 from strategies.pulse import Interrupted, Pulse
 from strategies.request import (
     EXIT_FAILED,
@@ -53,11 +56,12 @@ REPORTED_ROLES: tuple[Role, ...] = ("new", "replay")
 LIBRARIES = ("torch", "transformers", "peft", "avalanche-lib", "safetensors", "tokenizers")
 
 
-def update(run_directory: Path, request: RunRequest, pulse: Pulse) -> RunReport:
+def update(run_directory: Path, request: RunRequest, pulse: Pulse, backend: Backend) -> RunReport:
     """One update from request to report, in the order in which it happens. Raises `Failure`, `Interrupted`."""
     pulse.enter("load")
     torch.set_num_threads(request.threads)
     adapter = load(request)
+    adapter.work_with(backend)
     items = read_items(run_directory, request, adapter)
     add_general(items, request, adapter, on_progress=lambda: pulse.enter("load"))
     probes = take_probes(items)
@@ -97,6 +101,8 @@ def update(run_directory: Path, request: RunRequest, pulse: Pulse) -> RunReport:
         canaries=answers,
         strategies=position.counters,
         peak_memory_bytes=peak_memory_bytes(),
+        backend=backend.name,
+        processes=backend.size,
         libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
         base_sha256=base_sha256(request.base_path, request.general_cache),
     )
@@ -145,12 +151,16 @@ def example_losses(run_directory: Path, adapter: Adapter, items: dict[Role, list
 
 def save(run_directory: Path, request: RunRequest, template: Template) -> None:
     """Adapter and states of the methods, each file fsynced; the checkpoint is of no more use."""
+    backend = template.adapter.backend
+    moments = backend.moments() if request.training.keep_optimizer else {}
+    if backend.rank:
+        return
     if not template.adapter.is_finite():
         raise Failure("non_finite_weights", "the trained adapter holds NaN or infinity; lower learning_rate")
     template.adapter.save(run_directory / "adapter")
     checkpoint.save_states(run_directory / "strategy", template.learners)
     if request.training.keep_optimizer:
-        checkpoint.save_optimizer(run_directory / "strategy", resume.optimizer_tensors(template))
+        checkpoint.save_optimizer(run_directory / "strategy", moments)
 
 
 def count(items: dict[Role, list[Item]], request: RunRequest) -> dict[str, int]:
@@ -177,12 +187,16 @@ def peak_memory_bytes() -> int:
 
 
 def attempt(run_directory: Path, pulse: Pulse) -> RunReport:
-    """The report of the run, whatever happens; only `Interrupted` leaves without one."""
+    """The report of the run, whatever happens; only `Interrupted` and `ProcessLost` leave without one."""
     run_id = run_directory.name
     try:
         request = read_request(run_directory)
         run_id = request.run_id
-        return update(run_directory, request, pulse)
+        backend = open_backend(request.parallel, request.device)
+        pulse.join(backend)
+        report = update(run_directory, request, pulse, backend)
+        backend.close()
+        return report
     except Failure as failure:
         code, reason = failure.code, failure.reason
     except (OSError, msgspec.MsgspecError, SafetensorError) as error:
@@ -190,6 +204,8 @@ def attempt(run_directory: Path, pulse: Pulse) -> RunReport:
         reason = f"{run_directory}: {error}"
     except (RuntimeError, MemoryError, ValueError, KeyError, TypeError) as error:
         traceback.print_exc()
+        if is_process_lost(error):
+            raise ProcessLost(str(error)) from error
         code = "oom" if resume.is_out_of_memory(error) else "internal"
         reason = f"{type(error).__name__}: {error}; the traceback is in the log of the run"
     return RunReport(run_id=run_id, status="failed", code=code, reason=reason, seconds=pulse.finish())
@@ -197,16 +213,22 @@ def attempt(run_directory: Path, pulse: Pulse) -> RunReport:
 
 def main(run_directory: Path) -> int:
     """Do the run; returns the exit code. A run that has its report is not done again."""
+    pulse = Pulse(run_directory)
     report = read_report(run_directory)
     if report is None:
-        pulse = Pulse(run_directory)
         pulse.listen()
         try:
             report = attempt(run_directory, pulse)
         except Interrupted:
             return EXIT_INTERRUPTED
-        write(run_directory / "report.json", report)
-    checkpoint.remove_checkpoint(run_directory)
+        except ProcessLost as lost:  # no fault of the run: it may go on from its checkpoint
+            print(f"eternad: another process of this run is gone or does not answer: {lost}", file=sys.stderr)
+            return EXIT_FAILED
+        # of several processes the first one reports success; the first to fail says why, the others only miss it
+        if pulse.writes if report.status == "trained" else read_report(run_directory) is None:
+            write(run_directory / "report.json", report)
+    if pulse.writes or report.status == "failed":
+        checkpoint.remove_checkpoint(run_directory)
     return EXIT_TRAINED if report.status == "trained" else EXIT_FAILED
 
 

@@ -1,0 +1,176 @@
+"""Several processes train one update as one process does: the same adapter, whoever joins them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_template import make_items
+from test_train import FACTS, ROOT, demonstration, facts, finished, make_run
+
+from buffers.experience import Row
+from strategies.catalog import AGem, Distill, Ewc, Gem, Replay, Strategy
+from strategies.dataset import Item, micro_batches
+from strategies.parallel.choice import PAIRS, Parallel, refusal
+from strategies.parallel.single import Single
+from strategies.request import Lora, RunReport
+
+CELLS: dict[str, list[Strategy]] = {
+    "naive": [],
+    "replay": [Replay(ratio=0.3)],
+    "ewc": [Ewc(strength=1.0, samples=5, general=1.0)],
+    "gem": [Gem(examples=4)],
+    "agem": [AGem(examples=4)],
+    "kl": [Distill(strength=1.0)],
+}
+TOLERANCE = 1e-5
+"""Of every LoRA weight, after 16 steps: sums of float32 in another order differ by about 1e-6."""
+
+
+def rows() -> list[Row]:
+    """New and old rows, and memories that contradict the new ones: projections have something to do."""
+    memory = [demonstration(question, "!" * 12, role="memory") for question, _ in FACTS[:6]]
+    general = [demonstration(*fact, role="general", update=0) for fact in FACTS[8:13]]
+    return facts(2) + [demonstration(*fact, role="replay") for fact in FACTS[20:]] + memory + general
+
+
+def request(base: Path, directory: Path, cell: str, **changes: Any) -> Path:
+    """A run of one cell of the matrix: exact arithmetic, an odd last batch, several forward passes per step."""
+    training = {"precision": "float32", "micro_batch_tokens": 64, "batch_examples": 5, "epochs": 2}
+    return make_run(
+        directory, base, rows(), strategies=CELLS[cell], lora=Lora(rank=4, alpha=8.0, dropout=0.0), update_number=2,
+        training={**training, **changes.pop("training", {})}, **changes,
+    )  # fmt: skip
+
+
+def launch(directory: Path, processes: int = 2) -> "subprocess.Popen[bytes]":
+    """`torchrun` on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    with (directory / "train.log").open("wb") as log:
+        return subprocess.Popen(
+            [*command, "-m", "strategies.train", str(directory)], cwd=ROOT, stdout=log, stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+
+def alone(base: Path, directory: Path, cell: str, **changes: Any) -> RunReport:
+    """The same run in one process."""
+    request(base, directory, cell, **changes)
+    command = [sys.executable, "-m", "strategies.train", str(directory)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return finished(directory)
+
+
+def difference(one: Path, other: Path) -> float:
+    """Largest difference between two adapters."""
+    mine, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, other))
+    return max(float((mine[name] - theirs[name]).abs().max()) for name in mine)
+
+
+def test_the_parts_of_a_batch_add_up_to_it() -> None:
+    """Every item is in exactly one part, and each part divides by the whole batch's label tokens."""
+    items = make_items()
+    parts = [micro_batches(items, 50, part=(rank, 3)) for rank in range(3)]
+    assert sorted(item.index for part in parts for micro in part for item in micro.items) == list(range(8))
+    (whole,) = {micro.batch_label_tokens for micro in micro_batches(items, 50)}
+    assert {micro.batch_label_tokens for part in parts for micro in part} == {whole}
+
+
+class Rank(Single):
+    """One of several processes, as far as the division of work goes."""
+
+    def __init__(self, rank: int, size: int, is_sharded: bool) -> None:
+        self.rank, self.size, self.is_sharded = rank, size, is_sharded
+
+
+@pytest.mark.parametrize("items", [make_items(), make_items([40, 9, 9, 9, 9]), make_items([7]), []])
+@pytest.mark.parametrize("each", [False, True])
+def test_sharded_processes_do_equally_many_passes(items: list[Item], each: bool) -> None:
+    """A forward pass that all must join never waits for a process with less to do."""
+    passes = [Rank(rank, 3, is_sharded=True).passes(items, 40, alone=each) for rank in range(3)]
+    assert len({len(own) for own in passes}) == 1
+    assert sum(len(micro.items) for own in passes for micro in own) == len(items)
+
+
+def test_a_process_without_work_still_makes_one_pass() -> None:
+    """The loop has a last forward pass in every process, and one process alone makes none for nothing."""
+    (only,) = Rank(1, 2, is_sharded=False).passes(make_items([7]), 40)
+    assert only.items == () and only.rows.numel() == 0
+    assert Single().passes([], 40) == []
+
+
+@pytest.mark.parametrize(
+    ("parallel", "device", "says"),
+    [
+        (Parallel(executor="process", processes=2), "auto", "torchrun"),
+        (Parallel(executor="process", backend="ddp"), "auto", "'single'"),
+        (Parallel(executor="torchrun", backend="horovod"), "auto", "'ddp'"),
+        (Parallel(executor="torchrun", backend="fabric-deepspeed", processes=2), "cpu", "CUDA"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_sentence(parallel: Parallel, device: str, says: str) -> None:
+    """Before any work, with what to write instead."""
+    reason = refusal(parallel, device, gpu=False)
+    assert says in reason and "take" in reason and "\n" not in reason
+
+
+def test_every_pair_without_a_package_of_its_own_is_allowed() -> None:
+    """What the base install can do is never refused."""
+    for executor, backends in PAIRS.items():
+        for backend in backends:
+            if executor in ("process", "torchrun") and backend in ("single", "ddp", "fsdp2"):
+                assert refusal(Parallel(executor=executor, backend=backend), "cpu", gpu=False) == ""
+
+
+@pytest.mark.parametrize("cell", ["ewc", "gem"])
+def test_two_processes_give_the_adapter_of_one(cell: str, tiny_base: Path, tmp_path: Path) -> None:
+    """Sums of parts, never means of means: also for Fisher information, projections and what is reported."""
+    one = alone(tiny_base, tmp_path / "one", cell)
+    request(tiny_base, tmp_path / "two", cell, parallel=Parallel(executor="torchrun", processes=2))
+    assert launch(tmp_path / "two").wait(120) == 0, (tmp_path / "two" / "train.log").read_text()
+    two = finished(tmp_path / "two")
+    assert difference(tmp_path / "one", tmp_path / "two") < TOLERANCE
+    assert (two.backend, two.processes, two.steps) == ("ddp", 2, one.steps)
+    assert two.strategies[cell] == pytest.approx(one.strategies[cell], rel=1e-4)
+    assert one.evaluation and two.evaluation and one.evaluation.new and two.evaluation.new
+    assert two.evaluation.new.after.mean == pytest.approx(one.evaluation.new.after.mean, abs=1e-5)
+
+
+def test_a_lost_process_ends_the_run(tiny_base: Path, tmp_path: Path) -> None:
+    """SIGKILL to one of two: the other one leaves as well, without a report, and its log says why."""
+    directory = request(
+        tiny_base, tmp_path / "two", "naive", training={"epochs": 5000},
+        parallel=Parallel(executor="torchrun", processes=2, timeout_seconds=30),
+    )  # fmt: skip
+    agent = launch(directory)
+    deadline = time.monotonic() + 90
+    while '"step":0' in (progress := text_of(directory / "progress.json")) or '"phase":"train"' not in progress:
+        assert time.monotonic() < deadline and agent.poll() is None
+        time.sleep(0.2)
+    os.kill(int(workers(agent.pid)[-1]), signal.SIGKILL)
+    assert agent.wait(90) != 0
+    assert not (directory / "report.json").exists()
+    assert "eternad: another process of this run is gone" in text_of(directory / "train.log")
+
+
+def text_of(path: Path) -> str:
+    """What a file holds; nothing where there is none."""
+    return path.read_text() if path.exists() else ""
+
+
+def workers(pid: int) -> list[str]:
+    """The children of a process."""
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def test_sums_of_one_process_are_its_own() -> None:
+    """Nothing is copied, nothing changes."""
+    values = torch.arange(3.0)
+    assert Single().sum(values) is values
+    assert Single().any(True, False) == [True, False]

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from buffers.policy import Buffer
+from daemon.notify.settings import Notify, problem
 from daemon.trust.policy import Source, Trust
 from daemon.tuning_rules import Tuning
 from strategies.catalog import BY_NAME, Count, NotNegative, Positive, Strategy
@@ -175,6 +176,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     web: Web = Web()
     intake: Intake = Intake()
     gateway: Gateway = Gateway()
+    notify: Notify = Notify()
     tick_seconds: Positive = 0.5
     """Pause between two turns of the daemon's loop."""
     hang_seconds: Positive = 300.0
@@ -233,6 +235,7 @@ _TABLES: list[tuple[str, type]] = [
     (r"", Config), (r"watch", Watch), (r"trust", Trust), (r"web", Web), (r"intake", Intake), (r"gateway", Gateway),
     (r"trust\.sources.*", Source), (r"engines.*", Engine), (r".*\.lora", Lora),
     (r".*\.tuning", Tuning),
+    (r"notify", Notify),
     (r".*\.training", Training), (r".*\.buffer", Buffer), (r".*\.schedule", Schedule), (r".*\.gate", Gate),
     (r".*\.strategy.*", msgspec.Struct), (r"models.*", Model),
 ]  # fmt: skip
@@ -260,6 +263,11 @@ def _absolute(config: Config, directory: Path) -> Config:
         trust=replace(config.trust, blocklist_file=at(config.trust.blocklist_file)),
         web=replace(config.web, token_file=at(config.web.token_file)),
         intake=replace(config.intake, socket=at(config.intake.socket)),
+        notify=replace(
+            config.notify,
+            webhook_secret_file=at(config.notify.webhook_secret_file),
+            apprise_file=at(config.notify.apprise_file),
+        ),
         gateway=replace(
             config.gateway,
             admin_socket=at(config.gateway.admin_socket),
@@ -282,6 +290,8 @@ def _check(config: Config, path: Path) -> None:
             raise ConfigError(f"{path}: the name `{name}` must match {NAME.pattern}")
     if config.web.listen and not LOOPBACK.fullmatch(config.web.listen):
         raise ConfigError(f"{path}: [web] listen = `{config.web.listen}` must be a loopback address: `127.0.0.1:8787`")
+    if (wrong := problem(config.notify)) is not None:
+        raise ConfigError(f"{path}: [notify] {wrong}")
     _check_gateway(config.gateway, path)
     for name, model in config.models.items():
         place = f"{path}: [models.{name}]"

@@ -19,6 +19,7 @@ import msgspec
 
 from buffers.policy import Buffer
 from daemon import config, tuning_rules
+from daemon.notify.settings import EVENTS, Notify
 from daemon.trust.policy import Source, Trust
 from strategies.catalog import BY_NAME
 from strategies.request import Lora, Training
@@ -28,6 +29,7 @@ TABLES: tuple[tuple[str, type], ...] = (
     ("", config.Config), ("watch", config.Watch), ("trust", Trust),
     ("trust.sources.NAME", Source), ("web", config.Web),
     ("intake", config.Intake), ("gateway", config.Gateway),
+    ("notify", Notify),
     ("engines.NAME", config.Engine), ("models.NAME", config.Model), ("models.NAME.lora", Lora),
     ("models.NAME.training", Training), ("models.NAME.buffer", Buffer),
     ("models.NAME.schedule", config.Schedule), ("models.NAME.gate", config.Gate),
@@ -91,6 +93,7 @@ _KINDS = {
     "list[str]": "list of texts", "dict[str, Model]": "tables", "dict[str, Engine]": "tables",
     "dict[str, Source]": "tables", "list[Personal]": "list of `email`, `phone`, `iban`, `credit_card`, `ip`",
     "Whole": "whole number >= 0", "list[Strategy]": "list of tables",
+    "list[Event]": "list of " + ", ".join(f"`{event}`" for event in EVENTS),
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from daemon.cli import (
     feedback,
     foreground,
     gateway,
+    notify,
     options,
     orders,
     past,
@@ -76,5 +77,6 @@ for command, panel in (
 app.command(rich_help_panel=LOOK)(feedback.export)
 app.add_typer(feedback.app, name="feedback", rich_help_panel=LOOK)
 app.add_typer(quarantine.app, name="quarantine", rich_help_panel=LOOK)
+app.add_typer(notify.app, name="notify", rich_help_panel=LOOK)
 app.add_typer(review.app, name="review", rich_help_panel=LOOK)
 app.add_typer(buffer.app, name="buffer", rich_help_panel=LOOK)

@@ -20,6 +20,7 @@ from daemon.service.keeping import Keeping
 from daemon.service.orders import Orders, Said
 from daemon.service.patience import Patience
 from daemon.service.serving import Serving
+from daemon.service.telling import Telling
 from daemon.service.updates import Updates
 from daemon.state import runs
 from daemon.state.database import set_setting, setting, transaction
@@ -39,6 +40,7 @@ class Service:
         self.keeping = Keeping(self.house, self.serving)
         self.intake = Intake(self.house)
         self.patience = Patience(self.house, lambda: self.keeping.carry_out(self.keeping.plan()))
+        self.telling = Telling(self.house, config_path)
         self.reloads = Counter[str]()
         self.clock = Clock()
         self.commands: Commands = queue.Queue()
@@ -69,6 +71,7 @@ class Service:
         self.start_due(now)
         self.serving.reconcile(now)
         self.keeping.sweep(now)
+        self.telling.turn(now)
 
     def _follow_the_clock(self, now: float) -> None:
         """A clock that was set back leaves cron's next fire far in the future: it is reckoned anew."""
@@ -168,6 +171,7 @@ class Service:
         """Stop in order: no new work, running trainers checkpoint, the database last."""
         self.intake.close()
         self.clock.close()
+        self.telling.close()
         self.updates.stop()
         self.serving.close()
         self.house.close()

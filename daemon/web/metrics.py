@@ -168,6 +168,7 @@ HOUSE: tuple[tuple[str, str], ...] = (
     ("disk_free_bytes", "Free space where the state lies"), ("disk_low", "1 when that is too little for an update"),
     ("database_bytes", "Size of the database"), ("database_wal_bytes", "Size of its write-ahead log"),
     ("audit_rows", "Rows of the audit log"),
+    ("notices_waiting", "Notices that have not reached their receiver"),
 )  # fmt: skip
 
 COUNTED: Mapping[str, str] = {
@@ -213,6 +214,7 @@ def _house(config: Config, connection: Connection, now: Overview) -> Iterator[Me
         "degraded": bool(now.degraded), "disk_free_bytes": now.disk_free_bytes, "disk_low": now.disk_low,
         "database_bytes": _size(path), "database_wal_bytes": _size(path.with_name("eternad.db-wal")),
         "audit_rows": summary.audit_rows(connection),
+        "notices_waiting": len(list((config.state_directory / "outbox").glob("[!.]*.json"))),
     }  # fmt: skip
     for name, meaning in HOUSE:
         yield GaugeMetricFamily(f"eternad_{name}", meaning, value=float(values[name]))

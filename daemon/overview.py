@@ -16,7 +16,7 @@ from buffers import journal
 from daemon.config import Config
 from daemon.config import Model as ModelConfig
 from daemon.state import runs, summary
-from daemon.state.database import Connection
+from daemon.state.database import Connection, setting
 from strategies.request import Progress, read_progress
 
 
@@ -70,6 +70,8 @@ class ModelNow(msgspec.Struct, frozen=True, kw_only=True):
     quarantined: int
     examples: dict[str, int]
     """`{"train/consumed": 12, ...}`"""
+    search: str = ""
+    """What a search for better settings is doing or proposes; empty when there is nothing to say."""
 
 
 class Overview(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,7 +141,21 @@ def model_now(
         engine_detail=engine.get("detail", ""),
         quarantined=sum(number for (owner, _code), number in quarantined.items() if owner == name),
         examples=summary.example_counts(connection, name),
+        search=_search(config, connection, name),
     )
+
+
+def _search(config: Config, connection: Connection, name: str) -> str:
+    if reason := setting(connection, f"searching/{name}"):
+        return f"searching for better settings ({reason})"
+    if not (config.state_directory / "tuning" / name).is_dir():
+        return ""  # most models: nothing needs to be imported
+    from daemon.tuning_report import latest, open_changes
+
+    found = latest(config.state_directory, name)
+    if found is None or not open_changes(config.models[name], found):
+        return ""
+    return f"better settings were found: eternad tune {name} --accept"
 
 
 def _waiting(connection: Connection, name: str, model: ModelConfig, live: Mapping[str, Any], now: float) -> Waiting:

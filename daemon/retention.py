@@ -4,6 +4,8 @@ Never removed: the live version, the one before it, the newest `versions_kept`, 
 engine whose adapter directory vanishes may die with every stream that it serves.
 """
 
+import fcntl
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,7 +24,7 @@ class Removal(msgspec.Struct, frozen=True, kw_only=True):
     """One directory or file that is of no more use."""
 
     path: Path
-    why: Literal["old_version", "leftover", "old_run", "unknown_run"]
+    why: Literal["old_version", "leftover", "old_run", "unknown_run", "old_search"]
     version: tuple[str, int] | None = None
     """For an old version: model and number."""
 
@@ -61,6 +63,31 @@ def old_runs(directory: Path, runs: list[Run]) -> list[Removal]:
         elif by_id[path.name] >= RUNS_KEPT and runs[by_id[path.name]].state not in ACTIVE:
             removals += [Removal(path=path / name, why="old_run") for name in BULK if (path / name).exists()]
     return removals
+
+
+def old_searches(directory: Path, kept: int) -> list[Removal]:
+    """All but the newest `kept` searches of a model that nobody is at work on. `directory`: `STATE/tuning/MODEL`."""
+    found = sorted((path for path in directory.glob("*/") if path.is_dir()), key=_changed_at, reverse=True)
+    return [Removal(path=path, why="old_search") for path in found[kept:] if not _is_locked(path / "lock")]
+
+
+def _changed_at(search: Path) -> float:
+    return max((path.stat().st_mtime for path in search.glob("*") if path.is_file()), default=0.0)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process holds this lock; one that was never made is not held."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def remove(removal: Removal) -> int:

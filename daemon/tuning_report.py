@@ -1,10 +1,10 @@
 """What a search found, for people and scripts: `result.json` and its pictures beside the study."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 
 import msgspec
+from markupsafe import Markup
 
 from daemon.config import Model
 from daemon.tuning import Comparison
@@ -62,46 +62,44 @@ def open_changes(model: Model, result: Result) -> dict[str, Value]:
     return {name: value for name, value in result.changes.items() if now[name] != value}
 
 
+def pictures(result: Result) -> dict[str, Markup]:
+    """Title -> chart, for the page; empty ones where there is nothing to draw."""
+    return {
+        "History": _history(result.trials), "Importance": _importance(result.importance),
+        "Pareto front": _front(result.trials),
+    }  # fmt: skip
+
+
 def keep(directory: Path, result: Result) -> list[Path]:
     """Write the result and its pictures; returns the files."""
-    pictures = {
-        "history.svg": _history(result.trials), "importance.svg": _importance(result.importance),
-        "front.svg": _front(result.trials),
-    }  # fmt: skip
     write(directory / "result.json", result)
-    for name, picture in pictures.items():
-        (directory / name).write_text(picture, "utf-8")
-    return [directory / name for name in ("result.json", *pictures)]
+    names = dict(zip(pictures(result), ("history.svg", "importance.svg", "front.svg"), strict=True))
+    for title, picture in pictures(result).items():
+        (directory / names[title]).write_text(_alone(picture), "utf-8")
+    return [directory / name for name in ("result.json", *names.values())]
 
 
-def _history(trials: Sequence[Trial]) -> str:
+def _history(trials: Sequence[Trial]) -> Markup:
     scored = [(trial.number, trial.value) for trial in trials if trial.value is not None]
     best = [(float(number), max(value for _, value in scored[: place + 1])) for place, (number, _) in enumerate(scored)]
     series: dict[str, charts.Series] = {
         "each trial": [(float(number), value) for number, value in scored],
         "best so far": best,
     }
-    return _alone(charts.lines("History", series, "trial", "gain - rise - drift (weighted, nats per token)"))
+    return charts.lines("History", series, "trial", "gain - rise - drift (weighted, nats per token)")
 
 
-def _front(trials: Sequence[Trial]) -> str:
+def _front(trials: Sequence[Trial]) -> Markup:
     found = sorted((trial.score.rise, trial.score.gain) for trial in front(trials) if trial.score is not None)
-    return _alone(charts.lines("Pareto front", {"front": found}, "rise on the old", "gain on the new"))
+    return charts.lines("Pareto front", {"front": found}, "rise on the old", "gain on the new")
 
 
-def _importance(shares: Mapping[str, float]) -> str:
-    rows = [
-        f'<text x="190" y="{22 + 24 * place}" text-anchor="end">{escape(name)}</text>'
-        f'<rect class="dot series-0" x="200" y="{10 + 24 * place}" width="{360 * share:.1f}" height="16"/>'
-        f'<text x="{206 + 360 * share:.1f}" y="{22 + 24 * place}">{share:.0%}</text>'
-        for place, (name, share) in enumerate(sorted(shares.items(), key=lambda pair: -pair[1]))
-    ]
-    height = 24 * max(len(rows), 1) + 12
-    return _alone(f'<svg viewBox="0 0 640 {height}"><title>Importance</title>{"".join(rows)}</svg>')
+def _importance(shares: Mapping[str, float]) -> Markup:
+    return charts.bars("Importance", sorted(shares.items(), key=lambda pair: -pair[1]))
 
 
-def _alone(drawing: str) -> str:
+def _alone(picture: Markup) -> str:
     """An SVG of a page as a file of its own; an empty one where there was nothing to draw."""
-    drawing = str(drawing) or "<svg><title>nothing yet</title></svg>"
+    drawing = str(picture) or "<svg><title>nothing yet</title></svg>"
     start = drawing.index(">") + 1
     return drawing[:start].replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1) + STYLE + drawing[start:]

@@ -36,8 +36,11 @@ def require() -> None:
 
 
 @contextmanager
-def joined() -> Iterator[None]:
-    """Connected to the cluster of `RAY_ADDRESS`, or to the one that runs on this machine. Raises `NoCluster`."""
+def joined(shows_workers: bool = False) -> Iterator[None]:
+    """Connected to the cluster of `RAY_ADDRESS`, or to the one that runs on this machine. Raises `NoCluster`.
+
+    shows_workers: what they print is printed here.
+    """
     require()
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
@@ -45,7 +48,7 @@ def joined() -> Iterator[None]:
 
     logging.getLogger("ray").setLevel(logging.CRITICAL)  # what matters becomes an exception
     try:
-        ray.init(address="auto", log_to_driver=False, logging_level="error", configure_logging=False)
+        ray.init(address="auto", log_to_driver=shows_workers, logging_level="error", configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         said = str(error).splitlines()[0]
         raise NoCluster(f"no Ray cluster was reached ({said}): `ray start --head`, or set RAY_ADDRESS") from None

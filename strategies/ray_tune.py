@@ -33,7 +33,7 @@ class Broken(Exception):
     """No setting can mend it: the search ends with this reason."""
 
 
-class Attempt(Trainable):  # type: ignore[misc]
+class Attempt(Trainable):
     """One trial on a node: a thread that trains, and a report at every point that it passes."""
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -72,7 +72,7 @@ class Attempt(Trainable):  # type: ignore[misc]
             said.put({"broken": str(error) or repr(error), "done": True})
 
 
-class Proposals(Searcher):  # type: ignore[misc]
+class Proposals(Searcher):
     """Ray asks what to try and tells what became of it; the study answers and remembers."""
 
     def __init__(self, given: Search, study: "optuna.Study", begin: Begin, trials: int) -> None:
@@ -136,7 +136,7 @@ class Proposals(Searcher):  # type: ignore[misc]
         """Nothing: see `save`."""
 
 
-class Ending(Stopper):  # type: ignore[misc]
+class Ending(Stopper):
     """When a trial ends early, and when all of them do."""
 
     def __init__(self, proposals: Proposals, room: ray_cluster.Room, is_stopping: Callable[[], bool]) -> None:

@@ -87,6 +87,8 @@ def _model(model: "ModelNow", now: float) -> list[str]:
     learned = sum(number for key, number in model.examples.items() if key.endswith("/consumed"))
     aside = sum(number for key, number in model.examples.items() if key.endswith("/rejected"))
     found.append(f"  learned {learned} examples" + (style(f", {aside} set aside", "yellow") if aside else ""))
+    if model.search:
+        found.append(style(f"  search  {screen.safe(model.search)}", "blue"))
     if model.quarantined:
         found.append(style(f"  quarantine {model.quarantined}", "yellow"))
     return found

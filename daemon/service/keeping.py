@@ -22,6 +22,8 @@ class Keeping:
         every = runs.versions(self._house.database)
         removals = retention.leftovers(self._house.versions, every) if not runs.active(self._house.database) else []
         for name, model in self._house.config.models.items():
+            searches = self._house.config.state_directory / "tuning" / name
+            removals += retention.old_searches(searches, model.tuning.searches_kept)
             try:
                 listed = self._serving.listed(name)
             except (EngineUnavailable, EngineRefused) as error:

@@ -19,6 +19,7 @@ from daemon.service.intake import Intake
 from daemon.service.keeping import Keeping
 from daemon.service.orders import Orders, Said
 from daemon.service.patience import Patience
+from daemon.service.searches import Searches
 from daemon.service.serving import Serving
 from daemon.service.telling import Telling
 from daemon.service.updates import Updates
@@ -38,6 +39,7 @@ class Service:
         self.serving = Serving(self.house)
         self.updates = Updates(self.house, self.serving)
         self.keeping = Keeping(self.house, self.serving)
+        self.searches = Searches(self.house, config_path, self.reload)
         self.intake = Intake(self.house)
         self.patience = Patience(self.house, lambda: self.keeping.carry_out(self.keeping.plan()))
         self.telling = Telling(self.house, config_path)
@@ -71,6 +73,7 @@ class Service:
         self.start_due(now)
         self.serving.reconcile(now)
         self.keeping.sweep(now)
+        self.searches.advance(now)
         self.telling.turn(now)
 
     def _follow_the_clock(self, now: float) -> None:
@@ -172,6 +175,7 @@ class Service:
         self.intake.close()
         self.clock.close()
         self.telling.close()
+        self.searches.stop()
         self.updates.stop()
         self.serving.close()
         self.house.close()

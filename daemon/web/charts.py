@@ -90,6 +90,17 @@ def intervals(title: str, rows: Sequence[tuple[str, float, float, float]]) -> Ma
     return _svg(title, parts, WIDTH, height)
 
 
+def bars(title: str, shares: Sequence[tuple[str, float]]) -> Markup:
+    """A bar per share of a whole; empty where there are none."""
+    parts = []
+    for number, (name, share) in enumerate(shares):
+        y, width = 8 + 24 * number, (WIDTH - 260) * share
+        parts.append(f'<text class="label" x="190" y="{y + 13}" text-anchor="end">{escape(name)}</text>')
+        parts.append(f'<rect class="dot series-0" x="200" y="{y}" width="{width:.1f}" height="16"/>')
+        parts.append(f'<text class="tick" x="{206 + width:.1f}" y="{y + 13}">{share:.0%}</text>')
+    return _svg(title, parts, WIDTH, 24 * len(shares) + 12) if shares else Markup("")
+
+
 def _wide(value: float, span: tuple[float, float]) -> float:
     return 130 + (value - span[0]) / (span[1] - span[0]) * (WIDTH - 130 - 80)
 

@@ -167,8 +167,21 @@ def model(config: Config, connection: Connection, live: Mapping[str, Any], name:
         "settings": config.models[name],
         "versions": versions, "tree": lineage(versions), "matrix": matrix(reports), "drift": _drift(reports),
         "buffer": grouped(composition(connection, name, buffer)), "buffer_size": buffer.examples,
-        "runs": run_rows.recent(connection, name, 10),
+        "runs": run_rows.recent(connection, name, 10), "search": search(config, name),
     }  # fmt: skip
+
+
+def search(config: Config, name: str) -> dict[str, Any] | None:
+    """The latest search for better settings with its pictures; None before the first."""
+    if not (config.state_directory / "tuning" / name).is_dir():
+        return None
+    from daemon import tuning_report
+
+    found = tuning_report.latest(config.state_directory, name)
+    if found is None:
+        return None
+    is_open = bool(tuning_report.open_changes(config.models[name], found))
+    return {"result": found, "pictures": tuning_report.pictures(found), "is_open": is_open}
 
 
 class Share(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,6 +19,10 @@ class Age(msgspec.Struct, frozen=True, kw_only=True):
     """Training examples of that update."""
     held: int
     """How many of them the buffer still holds."""
+    tokens: int
+    """Of those that it holds, as the trainer counted them."""
+    bytes: int
+    """Of those that it holds."""
 
 
 class Held(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,11 +42,16 @@ def composition(connection: sqlite3.Connection, model: str, buffer: Buffer) -> l
         (model,),
     )
     kept = connection.execute(
-        "SELECT update_number, count(*) FROM example WHERE id IN (SELECT value FROM json_each(?)) GROUP BY 1",
+        "SELECT update_number, count(*), sum(coalesce(tokens, length(body) / 4 + 1)), sum(length(body)) FROM example"
+        " WHERE id IN (SELECT value FROM json_each(?)) GROUP BY 1",
         (json.dumps(members(connection, model, buffer)),),
     )
-    held = {int(update): int(number) for update, number in kept}
-    return [Age(update=update, learned=number, held=held.get(update, 0)) for update, number in learned]
+    held = {int(update): numbers for update, *numbers in kept}
+    return [
+        Age(update=update, learned=learned, held=number, tokens=tokens, bytes=size)
+        for update, learned in learned
+        for number, tokens, size in [held.get(update, (0, 0, 0))]
+    ]
 
 
 def held(connection: sqlite3.Connection, model: str, buffer: Buffer) -> Iterator[Held]:

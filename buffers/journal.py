@@ -69,6 +69,12 @@ MIGRATIONS: list[tuple[str, str]] = [
         ALTER TABLE example ADD COLUMN loss REAL; -- nats per token when an update last trained on it
         """,
     ),
+    (
+        "journal-tokens",
+        """
+        ALTER TABLE example ADD COLUMN tokens INTEGER; -- as the trainer that learned it counted them
+        """,
+    ),
 ]
 
 
@@ -222,6 +228,13 @@ def consume(connection: sqlite3.Connection, run_id: str, update_number: int) -> 
 def remember_losses(connection: sqlite3.Connection, losses: Iterable[tuple[int, float]]) -> None:
     """Keep (row, nats per token) of the examples that an update has trained on: what the policy `surprise` goes by."""
     connection.executemany("UPDATE example SET loss = ? WHERE id = ?", ((loss, identity) for identity, loss in losses))
+
+
+def remember_tokens(connection: sqlite3.Connection, tokens: Iterable[tuple[int, int]]) -> None:
+    """Keep (row, tokens) of what an update has learned: what bounds a buffer by `tokens`."""
+    connection.executemany(
+        "UPDATE example SET tokens = ? WHERE id = ?", ((count, identity) for identity, count in tokens)
+    )
 
 
 def release(connection: sqlite3.Connection, run_id: str, *, attempts_max: int, failed: bool = True) -> int:

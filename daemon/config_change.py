@@ -4,11 +4,14 @@ import difflib
 import os
 import shutil
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from daemon.config import ConfigError, load
-from strategies.space import Values
+
+Values = Mapping[str, str | int | float | None]
+"""`{"training.epochs": 3, "ewc.strength": 2.0}`; None takes a key out."""
 
 
 def changed(text: str, model: str, values: Values) -> str:
@@ -32,20 +35,25 @@ def _set(document: Any, model: str, values: Values) -> None:
     table = document["models"][model]
     for name, value in values.items():
         group, _, key = name.partition(".")
-        if group in ("training", "lora"):
-            if group not in table:
-                table[group] = {}
-            table[group][key] = value
+        if group in ("training", "lora", "buffer"):
+            _put(table.setdefault(group, {}), key, value)
             continue
         entry = next((each for each in table.get("strategy", []) if each["name"] == group), None)
         if entry is None:
             raise ConfigError(f"[models.{model}] has no strategy `{group}` any more; tune again")
-        entry[key] = value
+        _put(entry, key, value)
+
+
+def _put(table: Any, key: str, value: str | int | float | None) -> None:
+    if value is None:
+        table.pop(key, None)
+    else:
+        table[key] = value
 
 
 def difference(before: str, after: str, name: str) -> str:
     """Unified diff, as `diff -u` prints it."""
-    lines = difflib.unified_diff(before.splitlines(True), after.splitlines(True), name, f"{name} (tuned)", n=1)
+    lines = difflib.unified_diff(before.splitlines(True), after.splitlines(True), name, f"{name} (changed)", n=1)
     return "".join(lines)
 
 

@@ -167,6 +167,8 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     """(step, mean loss of its completion tokens)."""
     example_losses: list[tuple[int, float]] = []
     """(row of the journal, nats per completion token) under the candidate, for `report_losses`."""
+    example_tokens: list[tuple[int, int]] = []
+    """(row of the journal, tokens) of every new example: what bounds a buffer by `tokens`."""
     evaluation: Evaluation | None = None
     canaries: list[Canary] = []
     strategies: dict[str, dict[str, float]] = {}

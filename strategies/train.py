@@ -97,6 +97,7 @@ def update(run_directory: Path, request: RunRequest, pulse: Pulse, backend: Back
         tokens_per_second=position.tokens / max(seconds["train"], 1e-9),
         losses=position.losses,
         example_losses=losses,
+        example_tokens=example_tokens(run_directory, items),
         evaluation=judged,
         canaries=answers,
         strategies=position.counters,
@@ -147,6 +148,12 @@ def example_losses(run_directory: Path, adapter: Adapter, items: dict[Role, list
     trained = [item for role in REPORTED_ROLES for item in items[role] if has_token_loss(item)]
     losses = token_losses(adapter, trained).tolist()
     return [(ids[item.index], loss) for item, loss in zip(trained, losses, strict=True)]
+
+
+def example_tokens(run_directory: Path, items: dict[Role, list[Item]]) -> list[tuple[int, int]]:
+    """(row of the journal, tokens) of every new example, as it was trained on."""
+    ids = [row.id for row in experience.read(run_directory / "experience.jsonl")]
+    return [(ids[item.index], len(item.tokens)) for item in items["new"]]
 
 
 def save(run_directory: Path, request: RunRequest, template: Template) -> None:

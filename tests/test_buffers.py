@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from buffers import experience, journal
-from buffers.example import Example, Origin
+from buffers import experience, journal, rehearsal
+from buffers.example import Example, Origin, parse
 from buffers.experience import Recipe
 from buffers.inventory import composition, held
-from buffers.policy import Buffer
+from buffers.policy import Buffer, Past
 from buffers.replay_buffer import POLICIES, members
+from buffers.similarity import distance, vector
 from daemon.state.database import open_database, transaction
 
 DAY = 86400.0
@@ -55,6 +56,11 @@ def column(database: sqlite3.Connection, name: str, ids: list[int]) -> list[obje
 def set_losses(database: sqlite3.Connection, losses: dict[int, float]) -> None:
     with transaction(database) as connection:
         journal.remember_losses(connection, losses.items())
+
+
+def set_tokens(database: sqlite3.Connection, tokens: dict[int, int]) -> None:
+    with transaction(database) as connection:
+        journal.remember_tokens(connection, tokens.items())
 
 
 @every_policy
@@ -145,6 +151,36 @@ def test_an_experience_replays_from_its_policy_twice_the_same(
 
 
 @every_policy
+@pytest.mark.parametrize("bound", ["tokens", "bytes"])
+def test_a_buffer_keeps_within_its_tokens_and_bytes(database: sqlite3.Connection, policy: str, bound: str) -> None:
+    """As many of the same examples in the same order as fit, and the next one would not."""
+    learn(database, 1, range(30), collection="a")
+    learn(database, 2, range(30, 60), collection="b")
+    set_tokens(database, {row: 5 + row % 9 for row in range(1, 61)})
+    measure = {"tokens": "tokens", "bytes": "length(body)"}[bound]
+    free = members(database, "npc", buffer(policy, examples=50))
+    sizes = [int(str(size)) for size in column(database, measure, free)]
+    wanted = sum(sizes[:12]) + sizes[12] // 2
+    assert members(database, "npc", buffer(policy, examples=50, **{bound: wanted})) == free[:12]
+
+
+@every_policy
+def test_an_example_that_no_empty_buffer_could_hold_blocks_nothing(database: sqlite3.Connection, policy: str) -> None:
+    """It is passed over; the others have their places."""
+    learn(database, 1, range(20))
+    first = members(database, "npc", buffer(policy))[0]
+    set_tokens(database, {row: 1000 if row == first else 5 for row in range(1, 21)})
+    assert len(members(database, "npc", buffer(policy, tokens=95))) == 19
+
+
+def test_before_a_trainer_has_counted_tokens_are_guessed_from_bytes(database: sqlite3.Connection) -> None:
+    """Journals of earlier programs have no counts."""
+    learn(database, 1, range(20))
+    (size,) = set(column(database, "length(body)", list(range(1, 11))))
+    assert len(members(database, "npc", buffer("reservoir", tokens=3 * (int(str(size)) // 4 + 1) + 3))) == 3
+
+
+@every_policy
 def test_what_people_are_shown_is_what_is_rehearsed(database: sqlite3.Connection, policy: str) -> None:
     """`eternad buffer show` and `export` ask the same policy."""
     learn(database, 1, range(30))
@@ -213,3 +249,53 @@ def test_surprise_takes_the_highest_losses_and_a_sample(database: sqlite3.Connec
     hardest = members(database, "npc", buffer("surprise", uniform_share=0.0))
     assert hardest == list(range(150, 130, -1))
     assert members(database, "npc", buffer("surprise", uniform_share=1.0)) == plain
+
+
+def taught(database: sqlite3.Connection, update: int, sentences: list[str]) -> None:
+    """Learn texts."""
+    items = [(Example(shape="text", completion=sentence), Origin(file="a")) for sentence in sentences]
+    with transaction(database) as connection:
+        journal.add(connection, "npc", items, heldout_fraction=0.0)
+        journal.claim(connection, "npc", f"run-{update}", 10_000)
+        journal.consume(connection, f"run-{update}", update)
+
+
+def test_similarity_rehearses_what_is_least_like_the_new(database: sqlite3.Connection) -> None:
+    """Of two past subjects the one that comes again gives way to the other, in proportion to their distances."""
+    rivers = [f"the river number {row} flows to the southern sea" for row in range(300)]
+    clocks = [f"every clock of tower {row} strikes thirteen at noon" for row in range(300)]
+    taught(database, 1, rivers)
+    taught(database, 2, clocks)
+    with transaction(database) as connection:
+        new = [(Example(shape="text", completion=f"a river called {row} flows to the sea"), Origin(file="b"))
+               for row in range(20)]  # fmt: skip
+        journal.add(connection, "npc", new, heldout_fraction=0.0)
+        journal.claim(connection, "npc", "run-3", 100)
+    kept = members(database, "npc", buffer("similarity", examples=100), "run-3")
+    held = Counter(column(database, "update_number", kept))
+    assert held[2] > 1.5 * held[1] > 0
+    past = Past(database, "npc", run_id="run-3")
+    new_ones, first, second = (
+        vector(map(parse, bodies)) for bodies in (past.new_bodies(32), past.bodies_of(1, 32), past.bodies_of(2, 32))
+    )
+    near, far = distance(new_ones, first), distance(new_ones, second)
+    # the expected share of an update in a weighted sample of a sixth lies between equal parts and far / (near + far)
+    assert 0.5 < held[2] / 100 <= far / (near + far) + 0.1
+
+
+def test_what_is_as_far_as_everything_else_is_a_plain_reservoir(database: sqlite3.Connection) -> None:
+    """With one past update the keys are in the order of the weights."""
+    learn(database, 1, range(60))
+    assert members(database, "npc", buffer("similarity")) == members(database, "npc", buffer("reservoir"))
+
+
+def test_a_rehearsed_past_keeps_what_the_policies_go_by(database: sqlite3.Connection) -> None:
+    """Losses and tokens are in the copy that a search plays with: its buffer is the model's."""
+    learn(database, 1, range(40))
+    set_losses(database, {row: row % 7 for row in range(1, 41)})
+    set_tokens(database, dict.fromkeys(range(1, 41), 9))
+    wanted = buffer("surprise", tokens=100)
+    with rehearsal.rehearsal(database, "npc", [1]) as copy:
+        rehearsal.end(copy, 1)
+        assert members(copy, "npc", wanted) == members(database, "npc", wanted)
+        assert len(members(copy, "npc", wanted)) == 11

@@ -12,9 +12,11 @@ import pytest
 from operator_kit import answering, config_fixture, eternad_fixture, make_config, state_fixture
 
 from buffers import journal
+from buffers.policy import Buffer
 from daemon import cli
 from daemon.cli import context, glance, screen
 from daemon.cli.failure import BAD_CONFIG, FAILED, USAGE
+from daemon.config import load
 from daemon.state import runs
 from daemon.state.database import open_database, transaction
 from strategies.request import write
@@ -223,6 +225,29 @@ def test_the_buffer_is_shown_by_update_and_exported(eternad: Eternad, state: Pat
         "update": 1, "file": "content/npc/a.jsonl", "line": 10,
         "example": {"completion": "a10", "prompt": "q10", "shape": "demonstration"},
     }  # fmt: skip
+
+
+def test_the_buffer_is_resized_in_the_configuration(eternad: Eternad, state: Path, config: Path) -> None:
+    """The file changes, comments stay, and what it then holds is shown; a bound of 0 is none."""
+    config.write_text("# mine\n" + config.read_text())
+    text = eternad("buffer", "resize", "npc", "--examples", "5", "--tokens", "7000")
+    assert "npc: 5 of at most 5 examples" in text and "of at most 7000 tokens" in text
+    assert config.read_text().startswith("# mine\n")
+    assert load(config).models["npc"].buffer == Buffer(examples=5, tokens=7000)
+    assert json.loads(eternad("buffer", "resize", "npc", "--tokens", "0", "--json"))["tokens"] is None
+    assert load(config).models["npc"].buffer == Buffer(examples=5)
+    assert "give --examples" in eternad("buffer", "resize", "npc", code=USAGE)
+
+
+def test_a_shortfall_of_the_replay_is_told(eternad: Eternad, state: Path) -> None:
+    """What the last update asked for and did not get."""
+    connection = open_database(state / "eternad.db")
+    with transaction(connection):
+        cut = {"replay_wanted": 30, "rows": {"new": 30, "replay": 18}}
+        connection.execute("UPDATE run SET cut = ? WHERE model = 'npc'", (json.dumps(cut),))
+    connection.close()
+    assert "asked for 30 replayed examples and got 18" in eternad("buffer", "show", "npc")
+    assert json.loads(eternad("buffer", "show", "npc", "--json"))["replay"]["shortfall"] == 12
 
 
 def test_a_wrong_model_name_gets_the_nearest(eternad: Eternad) -> None:

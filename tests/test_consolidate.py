@@ -109,6 +109,8 @@ def test_the_losses_of_what_was_trained_come_with_the_report(parent: Path, tiny_
     report = second(parent, tiny_base, tmp_path / "run")
     assert len(report.example_losses) == 16
     assert sum(loss for _, loss in report.example_losses) / 16 < report.losses[0][1]
+    assert [row for row, _ in report.example_tokens] == [row for row, _ in report.example_losses]
+    assert report.epochs * sum(tokens for _, tokens in report.example_tokens) == report.tokens
 
 
 def test_adapters_of_different_size_are_refused() -> None:

@@ -80,13 +80,14 @@ def learn(service: Service, numbers: range) -> None:
 
 def test_what_was_hard_is_remembered_when_its_version_goes_live(make: Make, lab: Path) -> None:
     """The policy `surprise` asks the trainer for losses, and they become durable with the version they belong to."""
-    reported = msgspec.structs.replace(report(1.0), example_losses=[(2, 2.5), (3, 0.5)])
+    reported = msgspec.structs.replace(report(1.0), example_losses=[(2, 2.5), (3, 0.5)], example_tokens=[(2, 9)])
     (lab / "good.json").write_bytes(msgspec.json.encode(reported))
     service = make(buffer=Buffer(policy="surprise", uniform_share=0.0))
     learn(service, range(8))
     (run,) = runs.recent(service.house.database, "npc", 5)
     assert read_request(service.updates.directory(run)).report_losses
     assert members(service.house.database, "npc", Buffer(policy="surprise", uniform_share=0.0))[:2] == [2, 3]
+    assert service.house.database.execute("SELECT tokens FROM example WHERE id = 2").fetchone() == (9,)
 
 
 def test_a_drop_becomes_the_live_version(make: Make, engine: MemoryEngine) -> None:

@@ -187,8 +187,8 @@ class Updates:
         failpoint.reach("LIVE:before")
         with transaction(self._house.database) as connection:
             journal.consume(connection, run.id, run.update_number)
-            journal.remember_losses(connection, report.example_losses if report is not None else [])
             journal.remember_tokens(connection, report.example_tokens if report is not None else [])
+            journal.remember_losses(connection, report.example_losses if report is not None else [])
             moved = runs.move(connection, run, "LIVE", run.reason)
             runs.serve(connection, run.model, run.version, activation=msgspec.to_builtins(activation))
         failpoint.reach("LIVE:after")

@@ -14,6 +14,7 @@ import msgspec
 
 from buffers.policy import Buffer
 from daemon.notify.settings import Notify, problem
+from daemon.rollout import Rollout, stages
 from daemon.trust.policy import Source, Trust
 from daemon.tuning_rules import Tuning
 from strategies.catalog import BY_NAME, Count, NotNegative, Positive, Strategy
@@ -103,6 +104,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     schedule: Schedule = Schedule()
     gate: Gate = Gate()
     tuning: Tuning = Tuning()
+    rollout: Rollout = Rollout()
     general_directory: Path | None = None
     """General text (`*.txt`, paragraphs) to rehearse and to measure drift on; without it the base writes its own."""
     canary_prompts: list[str] = msgspec.field(
@@ -237,7 +239,7 @@ _TABLES: list[tuple[str, type]] = [
     (r".*\.tuning", Tuning),
     (r"notify", Notify),
     (r".*\.training", Training), (r".*\.buffer", Buffer), (r".*\.schedule", Schedule), (r".*\.gate", Gate),
-    (r".*\.strategy.*", msgspec.Struct), (r"models.*", Model),
+    (r".*\.rollout", Rollout), (r".*\.strategy.*", msgspec.Struct), (r"models.*", Model),
 ]  # fmt: skip
 
 
@@ -307,6 +309,7 @@ def _check(config: Config, path: Path) -> None:
         names = [type(strategy).__name__ for strategy in model.strategy]
         if twice := {each for each in names if names.count(each) > 1}:
             raise ConfigError(f"{place} strategy `{twice.pop().lower()}` is listed twice")
+        _check_rollout(config, model, f"{place}.rollout")
         if model.schedule.cron is not None:
             _check_cron(model.schedule.cron, f"{place}.schedule cron")
 
@@ -317,6 +320,19 @@ def _check_gateway(gateway: Gateway, path: Path) -> None:
         raise ConfigError(
             f"{path}: [gateway] address = `{gateway.address}` is open to other machines: give `token_file`, or an"
             " address of this machine such as `127.0.0.1:8080`"
+        )
+
+
+def _check_rollout(config: Config, model: Model, place: str) -> None:
+    percentages = model.rollout.percentages
+    if not percentages or percentages != sorted(set(percentages)):
+        raise ConfigError(f"{place} percentages = {percentages}: give shares that grow, e.g. [5, 25, 50]")
+    if not stages(model.rollout):
+        return
+    if not config.gateway.address or config.engines[model.engine].kind == "directory":
+        raise ConfigError(
+            f"{place} policy = `{model.rollout.policy}` splits requests, which only the gateway does: give [gateway]"
+            " address and an engine that is reached over HTTP, or let the policy be `immediate`"
         )
 
 

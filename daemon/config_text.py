@@ -20,6 +20,7 @@ import msgspec
 from buffers.policy import Buffer
 from daemon import config, tuning_rules
 from daemon.notify.settings import EVENTS, Notify
+from daemon.rollout import Rollout
 from daemon.trust.policy import Source, Trust
 from strategies.catalog import BY_NAME
 from strategies.request import Lora, Training
@@ -34,6 +35,7 @@ TABLES: tuple[tuple[str, type], ...] = (
     ("models.NAME.training", Training), ("models.NAME.buffer", Buffer),
     ("models.NAME.schedule", config.Schedule), ("models.NAME.gate", config.Gate),
     ("models.NAME.tuning", tuning_rules.Tuning),
+    ("models.NAME.rollout", Rollout),
 )  # fmt: skip
 """The tables of the file in their order; `[[models.NAME.strategy]]` comes after them."""
 
@@ -92,8 +94,8 @@ _KINDS = {
     "float": "number", "int": "whole number", "str": "text", "bool": "true or false", "Path": "path",
     "list[str]": "list of texts", "dict[str, Model]": "tables", "dict[str, Engine]": "tables",
     "dict[str, Source]": "tables", "list[Personal]": "list of `email`, `phone`, `iban`, `credit_card`, `ip`",
-    "Whole": "whole number >= 0", "list[Strategy]": "list of tables",
     "list[Event]": "list of " + ", ".join(f"`{event}`" for event in EVENTS),
+    "Whole": "whole number >= 0", "list[Strategy]": "list of tables", "list[Percent]": "list of numbers > 0, < 100",
 }  # fmt: skip
 
 

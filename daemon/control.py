@@ -23,7 +23,7 @@ import msgspec
 
 Action = Literal[
     "scan", "update", "pause", "resume", "rollback", "cancel", "requeue", "reload", "retry", "drop", "gc", "accept",
-    "reject", "erase",
+    "reject", "erase", "canary", "promote",
 ]  # fmt: skip
 log = logging.getLogger("eternad.control")
 ANSWER_SECONDS = 60.0
@@ -38,7 +38,9 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     model: str | None = None
     """For update and rollback; for pause and resume: None means all models."""
     version: int | None = None
-    """For rollback: None is the version before the live one, 0 the base model."""
+    """For rollback: None is the version before the live one, 0 the base model. For canary and promote: which one."""
+    percent: float | None = None
+    """For canary: the share of the requests."""
     run_id: str | None = None
     """For cancel and requeue."""
     dry_run: bool = False

@@ -14,8 +14,8 @@ import msgspec
 
 from buffers import journal
 from daemon.config import Config
-from daemon.config import Model as ModelConfig
-from daemon.state import runs, summary
+from daemon.rollout import Check
+from daemon.state import rollouts, runs, summary
 from daemon.state.database import Connection, setting
 from strategies.request import Progress, read_progress
 
@@ -51,6 +51,29 @@ class Waiting(msgspec.Struct, frozen=True, kw_only=True):
     """What the next update waits for."""
 
 
+class TrialNow(msgspec.Struct, frozen=True, kw_only=True):
+    """A version that answers a share of the requests."""
+
+    version: int
+    stable: int | None
+    """What answers the others; None: the base."""
+    kind: str
+    """`canary`, or `shadow`: compared in the background."""
+    percent: float
+    stage: int
+    """From 1."""
+    stages: int
+    held: bool
+    """An operator chose the share and will end it."""
+    began_at: float
+    stage_began_at: float
+    requests: int
+    outcome: str
+    """Of the latest look: `wait`, `pass` or `fail`."""
+    reason: str
+    checks: list[Check]
+
+
 class ModelNow(msgspec.Struct, frozen=True, kw_only=True):
     """One model."""
 
@@ -70,6 +93,7 @@ class ModelNow(msgspec.Struct, frozen=True, kw_only=True):
     quarantined: int
     examples: dict[str, int]
     """`{"train/consumed": 12, ...}`"""
+    trial: TrialNow | None = None
     search: str = ""
     """What a search for better settings is doing or proposes; empty when there is nothing to say."""
 
@@ -176,6 +200,19 @@ def _run_now(config: Config, connection: Connection, name: str) -> RunNow | None
     return RunNow(
         id=run.id, state=run.state, trigger=run.trigger, created_at=run.created_at,
         examples=(run.cut or {}).get("rows", {}), progress=progress_of(config, run.id),
+    )  # fmt: skip
+
+
+def _trial_now(connection: Connection, name: str) -> TrialNow | None:
+    trial = rollouts.current(connection, name)
+    if trial is None:
+        return None
+    said = trial.judgement
+    return TrialNow(
+        version=trial.version, stable=trial.stable, kind=trial.kind, percent=trial.percent, stage=trial.stage + 1,
+        stages=len(trial.plan), held=trial.is_held, began_at=trial.began_at, stage_began_at=trial.stage_began_at,
+        requests=trial.signals.candidate.requests, outcome="wait" if said is None else said.outcome,
+        reason="" if said is None else said.reason, checks=[] if said is None else said.checks,
     )  # fmt: skip
 
 

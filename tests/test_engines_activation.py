@@ -11,10 +11,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fake_engine import FakeEngine, canary
 from serving_kit import served
 
-from daemon.engines.activate import Desired, activate, make_room, reconcile
+from daemon.engines.activate import activate, make_room
 from daemon.engines.contract import EngineRefused, EngineUnavailable, ProbeFailed, Version
 from daemon.engines.embedded import Embedded
 from daemon.engines.proof import judge
+from daemon.engines.reconcile import Desired, reconcile
 from strategies.request import Canary
 
 

@@ -20,6 +20,7 @@ from daemon.engines.activate import Desired, activate, reconcile
 from daemon.engines.build import build
 from daemon.engines.contract import Engine, EngineRefused, EngineUnavailable, ProbeFailed, Version
 from daemon.engines.gguf_adapter import BaseShape, convert
+from daemon.engines.reconcile import Desired, reconcile
 from strategies.request import Canary
 
 

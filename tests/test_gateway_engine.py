@@ -17,10 +17,12 @@ from gateway_kit import ASKED, Chatter, Gateway, engines, running, target, wait
 from serving_kit import served
 
 from daemon.config import Engine as Settings
-from daemon.engines.activate import Desired, activate, make_room, reconcile
+from daemon.engines.activate import activate, make_room
 from daemon.engines.build import build
 from daemon.engines.contract import EngineRefused, EngineUnavailable, ProbeFailed, Version
+from daemon.engines.exposure import Exposure, Split
 from daemon.engines.gateway import BehindGateway, lorax_name
+from daemon.engines.reconcile import Desired, reconcile
 from strategies.request import Canary
 
 # httpcore leaves a Unix socket to the garbage collector when it cannot connect
@@ -163,18 +165,65 @@ def test_without_the_gateway_nothing_is_decided(vllm: FakeVllm, tmp_path: Path) 
 
 
 def test_traffic_is_split_and_counted(engine: BehindGateway, gateway: Gateway, versions: list[Version]) -> None:
-    """A canary and a shadow through the daemon's client; a plain route ends both."""
+    """A share of the requests, then a comparison, through the daemon's client; a plain route ends both."""
     for version in versions[:3]:
         engine.load(version)
     engine.route("npc", "npc@0000", None)
-    engine.split("npc", {"npc@0000": 0.5, "npc@0001": 0.5}, "npc@0000", shadow="npc@0002")
+    half = Split(candidate="npc@0001", share=0.5)
+    engine.split("npc", "npc@0000", half, "npc@0000")
+    assert engine.splits() == {"npc": half}
     answers = [gateway.admin("POST", "/v1/completions", {**ASKED, "user": f"u{n}"}) for n in range(30)]
     assert {answer.headers["x-adapter-version"] for answer in answers} == {"npc@0000", "npc@0001"}
-    wait(lambda: gateway.traffic("npc@0002").get("shadowed") == 30)
     numbers = engine.traffic()["versions"]
     assert numbers["npc@0000"]["answered"] + numbers["npc@0001"]["answered"] >= 30
+    shadow = Split(candidate="npc@0002", share=1.0, is_shadow=True)
+    engine.split("npc", "npc@0000", shadow, "npc@0000")
+    assert engine.splits() == {"npc": shadow}
+    gateway.admin("POST", "/v1/completions", ASKED)
+    wait(lambda: engine.traffic()["comparisons"].get("npc@0002", {}).get("pairs") == 1)
     engine.route("npc", "npc@0001", "npc@0000")
     assert [row["version"] for row in gateway.admin("GET", "/aliases/npc").json()["targets"]] == ["npc@0001"]
+    assert engine.splits() == {}
+
+
+def test_a_second_daemon_cannot_move_the_same_name(
+    vllm: FakeVllm, gateway: Gateway, versions: list[Version], tmp_path: Path
+) -> None:
+    """It is told who keeps the alias; a person may still move it, and may give it free."""
+    with served(vllm) as url:
+        settings = Settings(kind="vllm", urls=[url])
+        one, two = (build(settings, gateway.admin_socket, owner) for owner in ("one on a", "two on b"))
+        activate(one, "npc", versions[1], canaries(versions[1]))
+        with pytest.raises(EngineUnavailable, match="npc is kept by another daemon, one on a: stop that one"):
+            activate(two, "npc", versions[2], canaries(versions[2]))
+        assert one.aliases() == {"npc": "npc@0001"}
+        assert gateway.put("npc", target("npc@0002", url)).status_code == 200
+        assert gateway.admin("GET", "/aliases/npc").json()["owner"] == "one on a"
+        assert gateway.admin("DELETE", "/aliases/npc/owner").status_code == 200
+        two.route("npc", "npc@0001", "npc@0002")
+        with pytest.raises(EngineUnavailable, match="two on b"):
+            one.route("npc", "npc@0002", "npc@0001")
+        one.close()
+        two.close()
+
+
+def test_a_trial_survives_the_engines_restart(
+    engine: BehindGateway, vllm: FakeVllm, gateway: Gateway, versions: list[Version]
+) -> None:
+    """Share and candidate come back once both versions are loaded and proven; a lying candidate loses its share."""
+    live, tried = versions[1:3]
+    exposure = Exposure(version=tried, canaries=canaries(tried), share=0.25, is_shadow=False)
+    wish = Desired(alias="npc", version=live, canaries=canaries(live), exposure=exposure)
+    for _ in range(2):
+        done = reconcile(engine, [wish], "another life")
+        assert not done.errors and not done.turned_down and done.traffic is not None
+        assert engine.splits() == {"npc": exposure.split} and set(vllm.adapters) == {"npc@0001", "npc@0002"}
+        vllm.restart()
+    reconcile(engine, [wish], "another life")
+    vllm.adapters["npc@0002"]["root"] = vllm.adapters["npc@0001"]["root"]  # answers like another version
+    done = reconcile(engine, [wish], "")
+    assert "loaded from" in done.turned_down.get("npc", "") or "does not answer" in done.turned_down["npc"]
+    assert engine.splits() == {} and engine.aliases() == {"npc": "npc@0001"}
 
 
 class Player(threading.Thread):

@@ -17,9 +17,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from serving_kit import EngineProcess, make_adapter, peft_scores
 
-from daemon.engines.activate import Desired, activate, make_room, reconcile
+from daemon.engines.activate import activate, make_room
 from daemon.engines.contract import Version
 from daemon.engines.embedded import Embedded
+from daemon.engines.reconcile import Desired, reconcile
 from strategies.request import Canary
 
 PROMPT, ANSWER = [1, 40, 41, 42, 43], [60, 61, 62, 63]

@@ -66,7 +66,8 @@ LOOK, ACT, HOUSE = "Look", "Act", "Set up"
 for command, panel in (
     (status.status, LOOK), (past.history, LOOK), (show.show, LOOK), (past.versions, LOOK), (past.log, LOOK),
     (ask.ask, LOOK), (doctor.doctor, LOOK),
-    (orders.scan, ACT), (update.update, ACT), (orders.rollback, ACT), (orders.pause, ACT), (orders.resume, ACT),
+    (orders.scan, ACT), (update.update, ACT), (orders.rollback, ACT), (orders.canary, ACT), (orders.promote, ACT),
+    (orders.pause, ACT), (orders.resume, ACT),
     (orders.cancel, ACT), (orders.requeue, ACT), (orders.reload, ACT),
     (orders.gc, ACT), (review.erase, ACT), (tune.tune, ACT), (plan.plan, LOOK),
     (foreground.run, HOUSE), (foreground.serve, HOUSE), (gateway.gateway, HOUSE),

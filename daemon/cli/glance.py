@@ -9,7 +9,7 @@ from daemon.cli.screen import style
 
 if TYPE_CHECKING:
     from daemon.config import Config
-    from daemon.overview import LastRun, ModelNow, Overview, RunNow
+    from daemon.overview import LastRun, ModelNow, Overview, RunNow, TrialNow
 
 GOOD = ("LIVE", "SUPERSEDED")
 
@@ -80,6 +80,8 @@ def _disk(overview: "Overview") -> str:
 
 def _model(model: "ModelNow", now: float) -> list[str]:
     found = [f"{style(model.name, 'bold')}  {_serving(model, now)}", f"  next    {_waiting(model, now)}"]
+    if model.trial is not None:
+        found.append(f"  trial   {trial_line(model.trial, now)}")
     if model.run is not None:
         found.append(f"  run     {run_line(model.run)}")
     if model.last is not None:
@@ -111,6 +113,16 @@ def _waiting(model: "ModelNow", now: float) -> str:
         return style("paused", "yellow") + f"; {model.waiting.train} examples wait (eternad resume {model.name})"
     oldest = f", oldest {screen.ago(model.waiting.oldest_at, now)}" if model.waiting.oldest_at else ""
     return model.waiting.reason + oldest
+
+
+def trial_line(trial: "TrialNow", now: float) -> str:
+    """`version 3 canary 25 % (2 of 3) for 4 min, 120 requests: 360 s to go`."""
+    step = "by hand" if trial.held else f"{trial.stage} of {trial.stages}"
+    text = f"version {trial.version} {trial.kind} {trial.percent:g} % ({step}) for"
+    text += f" {screen.duration(now - trial.stage_began_at)}, {trial.requests} requests"
+    if trial.held:
+        text += "; eternad promote or rollback ends it"
+    return text + (f": {screen.safe(trial.reason)}" if trial.reason else "")
 
 
 def run_line(run: "RunNow") -> str:

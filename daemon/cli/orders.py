@@ -1,4 +1,4 @@
-"""Commands that the running daemon carries out: `scan`, `pause`, `resume`, `rollback`, `cancel`, `requeue`, ..."""
+"""Commands that the running daemon carries out: `scan`, `pause`, `resume`, `rollback`, `canary`, `cancel`, ..."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -84,7 +84,7 @@ def rollback(
 ) -> None:
     """Serve an earlier version again.
 
-    Without VERSION: the parent of the live one.
+    Without VERSION: the parent of the live one; while a version is on trial, that trial ends.
     """
     number = None if version is None else parse_version(version)
     if not dry_run:
@@ -92,6 +92,33 @@ def rollback(
         return
     plan = _plan(config, model, number)
     screen.json(plan) if json else screen.say(_sentence(model, plan))
+
+
+def canary(
+    model: options.ModelArgument,
+    version: Annotated[str | None, typer.Argument(metavar="VERSION", help="A number.")] = None,
+    percent: Annotated[float, typer.Option("--percent", help="Share of the requests.")] = 10.0,
+    config: options.ConfigOption = None,
+    json: options.JsonOption = False,
+) -> None:
+    """Let a version answer a share of the requests.
+
+    Of what is on trial, the share becomes this one, and stays. Else a trial of VERSION begins; without it, of the
+    newest that was rolled back. It ends by `promote` or `rollback`, or by itself when the version does badly.
+    """
+    number = None if version is None else parse_version(version)
+    order(config, json, action="canary", model=model, version=number, percent=percent)
+
+
+def promote(
+    model: options.ModelArgument,
+    version: Annotated[str | None, typer.Argument(metavar="VERSION", help="Only if this is on trial.")] = None,
+    config: options.ConfigOption = None,
+    json: options.JsonOption = False,
+) -> None:
+    """Let the version on trial answer all requests."""
+    number = None if version is None else parse_version(version)
+    order(config, json, action="promote", model=model, version=number)
 
 
 def parse_version(text: str) -> int:

@@ -1,11 +1,11 @@
-"""From a published version to the live one: load, probe, flip; and back again after an engine's restart."""
+"""From a published version to the live one: load, probe, flip."""
 
 import time
 from collections.abc import Collection
 
 import msgspec
 
-from daemon.engines.contract import Engine, EngineRefused, EngineUnavailable, ProbeFailed, Version
+from daemon.engines.contract import Engine, EngineRefused, ProbeFailed, Version
 from daemon.engines.proof import TOLERANCE_NATS, Match, judge
 from strategies.request import Canary
 
@@ -25,27 +25,6 @@ class Activation(msgspec.Struct, frozen=True, kw_only=True):
     total_ms: float
     evicted: list[str]
     generation: str | None
-
-
-class Desired(msgspec.Struct, frozen=True, kw_only=True):
-    """What an alias should point to."""
-
-    alias: str
-    version: Version | None
-    """None: the base."""
-    canaries: list[Canary] = []
-    previous: Version | None = None
-    """Kept loaded, so that a rollback is only a flip."""
-
-
-class Reconciled(msgspec.Struct, frozen=True, kw_only=True):
-    """What had to be done to make an engine serve what is desired."""
-
-    epoch: str
-    activations: list[Activation] = []
-    reloaded: list[str] = []
-    errors: dict[str, str] = {}
-    """By alias: what could not be restored, and why; the others were."""
 
 
 def activate(
@@ -123,49 +102,3 @@ def _confirm(engine: Engine, alias: str, name: str, before: str | None, canaries
         return
     engine.route(alias, before or engine.capabilities().base, name)
     raise ProbeFailed(f"{alias} was pointed to {name}, but the engine answers it with {answered}")
-
-
-def reconcile(engine: Engine, desired: list[Desired], known_epoch: str = "") -> Reconciled:
-    """Make an engine serve what is desired, as after its restart; probes again whenever the epoch is a new one.
-
-    Cheap when nothing changed: one look at health, listing and aliases. What cannot be restored is reported by alias
-    and does not stop the others. Raises `EngineUnavailable` when the engine does not answer at all.
-    """
-    health = engine.health()
-    if not health.ok:
-        raise EngineUnavailable(f"the engine is down: {health.reason}")
-    reborn = health.epoch != known_epoch
-    activations, reloaded, errors = [], [], {}
-    keep = {wish.previous.name for wish in desired if wish.previous}
-    for wish in desired:
-        try:
-            activation = _restore(engine, wish, keep, reborn)
-            activations += [activation] if activation else []
-            reloaded += _reload_previous(engine, wish)
-        except (EngineRefused, EngineUnavailable) as error:
-            errors[wish.alias] = str(error)
-    return Reconciled(epoch=health.epoch, activations=activations, reloaded=reloaded, errors=errors)
-
-
-def _restore(engine: Engine, wish: Desired, keep: Collection[str], reborn: bool) -> Activation | None:
-    current = engine.aliases().get(wish.alias)
-    if wish.version is None:
-        base = engine.capabilities().base
-        if current != base:
-            engine.route(wish.alias, base, current)
-        return None
-    loaded = {row.name for row in engine.loaded() if row.state == "loaded"}
-    if current == wish.version.name and wish.version.name in loaded and not reborn:
-        return None
-    return activate(engine, wish.alias, wish.version, wish.canaries, keep=keep)
-
-
-def _reload_previous(engine: Engine, wish: Desired) -> list[str]:
-    """Load the previous version again while there is a free slot for it."""
-    if wish.previous is None:
-        return []
-    names = [row.name for row in engine.loaded()]
-    if wish.previous.name in names or len(names) >= engine.capabilities().slots:
-        return []
-    engine.load(wish.previous)
-    return [wish.previous.name]

@@ -19,8 +19,8 @@ from daemon.engines.vllm import Vllm
 NAMINGS = {"sglang": sglang_name, "lorax": lorax_name}
 
 
-def build(settings: Settings, gateway: Path | None = None) -> Engine:
-    """`gateway`: its admin socket, when it is the gateway that moves aliases.
+def build(settings: Settings, gateway: Path | None = None, owner: str | None = None) -> Engine:
+    """`gateway`: its admin socket, when it is the gateway that moves aliases; `owner`: who keeps them there.
 
     Raises `ConfigError` when the kind needs something that the table does not say. Connects to nothing yet.
     """
@@ -30,7 +30,9 @@ def build(settings: Settings, gateway: Path | None = None) -> Engine:
     admin = Channel(f"unix:{gateway}", None, settings.timeout_seconds)
     urls = [url.partition("?")[0] for url in settings.urls]
     naming = NAMINGS.get(settings.kind, as_it_is)
-    return BehindGateway(engine, admin, urls, naming=naming, timeout_seconds=settings.timeout_seconds)
+    return BehindGateway(
+        engine, admin, urls, naming=naming, timeout_seconds=settings.timeout_seconds, owner=owner
+    )  # fmt: skip
 
 
 def _client(settings: Settings) -> Engine:

@@ -18,6 +18,7 @@ from daemon.engines.contract import (
     Routed,
     Version,
 )
+from daemon.engines.exposure import Split
 from strategies.request import Canary
 
 Naming = Callable[[Engine, str], dict[str, Any]]
@@ -54,9 +55,14 @@ class BehindGateway:
         *,
         naming: Naming = as_it_is,
         timeout_seconds: float = 30.0,
+        owner: str | None = None,
     ) -> None:
-        """`admin`: the gateway's admin socket; `urls`: where the gateway reaches the engine's replicas."""
+        """`admin`: the gateway's admin socket; `urls`: where the gateway reaches the engine's replicas.
+
+        `owner`: the name under which this daemon keeps its aliases, so that no other one moves them.
+        """
         self._engine, self._admin, self._urls, self._naming = engine, admin, urls, naming
+        self._owner = owner
         self._drain_seconds = timeout_seconds * DRAIN_SHARE
 
     def capabilities(self) -> Capabilities:
@@ -89,23 +95,34 @@ class BehindGateway:
         table: dict[str, Any] = self._admin.call("GET", "/aliases")["aliases"]
         return {alias: route["targets"][0]["version"] for alias, route in table.items()}
 
+    def splits(self) -> dict[str, Split]:
+        """What shares an alias with its stable version."""
+        table: dict[str, Any] = self._admin.call("GET", "/aliases")["aliases"]
+        found = {alias: _split(route) for alias, route in table.items()}
+        return {alias: split for alias, split in found.items() if split is not None}
+
     def route(self, alias: str, target: str, expected: str | None) -> Routed:
         """All requests to one version, by compare-and-swap on the alias's generation."""
-        return self.split(alias, {target: 1.0}, expected)
+        return self.split(alias, target, None, expected)
 
-    def split(self, alias: str, weights: dict[str, float], expected: str | None, shadow: str | None = None) -> Routed:
-        """The stable version first, then canaries. `expected` is the stable version that the alias has now.
+    def split(self, alias: str, stable: str, split: Split | None, expected: str | None) -> Routed:
+        """The stable version first. `expected` is the stable version that the alias has now.
 
-        Raises `EngineUnavailable` when somebody else has moved it.
+        Raises `EngineUnavailable` when somebody else has moved it, or another daemon keeps it.
         """
         route = self._admin.call("GET", "/aliases")["aliases"].get(alias)
         previous = route["targets"][0]["version"] if route else None
         if expected not in (ANYWHERE, previous):
             raise EngineUnavailable(f"{alias} points to {previous}, not to {expected}")
+        share = split.share if split is not None and not split.is_shadow else 0.0
+        targets = [self._target(stable, 1.0 - share)]
+        if split is not None and not split.is_shadow:
+            targets.append(self._target(split.candidate, share))
         wish = {
-            "targets": [self._target(name, weight) for name, weight in weights.items()],
-            "shadow": self._target(shadow, 1.0) if shadow else None,
+            "targets": targets,
+            "shadow": self._target(split.candidate, split.share) if split is not None and split.is_shadow else None,
             "expected_generation": route["generation"] if route else 0,
+            "owner": self._owner,
         }
         response = self._admin.send("PUT", f"/aliases/{alias}", wish)
         if response.status_code == 409:
@@ -142,3 +159,14 @@ class BehindGateway:
 
     def _target(self, name: str, weight: float) -> dict[str, Any]:
         return {"version": name, "urls": self._urls, "weight": weight, **self._naming(self._engine, name)}
+
+
+def _split(route: dict[str, Any]) -> Split | None:
+    """How a route of the table is shared."""
+    first, *others = route["targets"]
+    if shadow := route.get("shadow"):
+        return Split(candidate=shadow["version"], share=shadow.get("weight", 1.0), is_shadow=True)
+    if not others:
+        return None
+    weight = others[0].get("weight", 1.0)
+    return Split(candidate=others[0]["version"], share=round(weight / (weight + first.get("weight", 1.0)), 6))

@@ -29,6 +29,8 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     shadow: Target | None = None
     expected_generation: int | None = None
     """The alias's generation that the writer has seen; 0: it is not there; null: whatever it is."""
+    owner: str | None = None
+    """The daemon that writes, which then keeps the alias; null: a person, who leaves it to whom it belongs."""
 
 
 class Drain(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,6 +50,7 @@ def build(aliases: Aliases, traffic: Traffic, front: ASGIApp, epoch: str) -> ASG
             Page("/aliases/{alias}", pages.show),
             Page("/aliases/{alias}", pages.put, methods=["PUT"]),
             Page("/aliases/{alias}", pages.delete, methods=["DELETE"]),
+            Page("/aliases/{alias}/owner", pages.disown, methods=["DELETE"]),
             Page("/inflight", pages.inflight),
             Page("/traffic", pages.traffic),
             Page("/drain", pages.drain, methods=["POST"]),
@@ -82,14 +85,24 @@ class _Pages:
     async def put(self, request: Request) -> Response:
         wish = msgspec.json.decode(await request.body(), type=Wish)
         route = check(Route(targets=wish.targets, shadow=wish.shadow))
-        return await self._change(request.path_params["alias"], route, wish.expected_generation)
+        return await self._change(request.path_params["alias"], route, wish.expected_generation, wish.owner)
 
     async def delete(self, request: Request) -> Response:
         expected = request.query_params.get("expected_generation", "")
         return await self._change(request.path_params["alias"], None, int(expected) if expected.isdecimal() else None)
 
-    async def _change(self, alias: str, route: Route | None, expected: int | None) -> Response:
-        changed = await self._aliases.change(alias, route, expected)
+    async def disown(self, request: Request) -> Response:
+        """The alias stays as it is, and any daemon may keep it."""
+        alias = request.path_params["alias"]
+        found = self._aliases.table.aliases.get(alias)
+        if found is None:
+            return _error_body(404, f"no alias {alias}", "no_such_alias")
+        return await self._change(alias, found, found.generation, "")
+
+    async def _change(
+        self, alias: str, route: Route | None, expected: int | None, owner: str | None = None
+    ) -> Response:
+        changed = await self._aliases.change(alias, route, expected, owner)
         self._traffic.forget(self._aliases.versions())
         return _json(changed)
 
@@ -98,7 +111,8 @@ class _Pages:
 
     async def traffic(self, _: Request) -> Response:
         lanes = self._traffic.lanes.values()
-        return _json({"epoch": self._epoch, "versions": {lane.version: lane.summary() for lane in lanes}})
+        return _json({"epoch": self._epoch, "versions": {lane.version: lane.summary() for lane in lanes},
+                      "comparisons": self._traffic.comparisons})  # fmt: skip
 
     async def drain(self, request: Request) -> Response:
         """Waits; 409 while an alias would only refill it."""

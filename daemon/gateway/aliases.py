@@ -40,17 +40,17 @@ class Aliases:
         """Every version of the table."""
         return {target.version for route in self.table.aliases.values() for target in route.all_targets()}
 
-    async def change(self, alias: str, route: Route | None, expected: int | None) -> Changed:
+    async def change(self, alias: str, route: Route | None, expected: int | None, owner: str | None = None) -> Changed:
         """Compare, make durable, then switch. Raises `Conflict`, or `OSError` when it cannot be stored.
 
         Goes on to its end also when the writer does not wait for it.
         """
-        return await asyncio.shield(self._change(alias, route, expected))
+        return await asyncio.shield(self._change(alias, route, expected, owner))
 
-    async def _change(self, alias: str, route: Route | None, expected: int | None) -> Changed:
+    async def _change(self, alias: str, route: Route | None, expected: int | None, owner: str | None) -> Changed:
         async with self._lock:
             previous = self.table.aliases.get(alias)
-            table = self.table.changed(alias, route, expected)
+            table = self.table.changed(alias, route, expected, owner)
             started = time.perf_counter()
             await asyncio.to_thread(self._file.write, table)  # an fsync must not hold up requests
             durable = time.perf_counter()

@@ -2,6 +2,9 @@
 
 import os
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import msgspec
 from starlette.types import Receive, Scope
@@ -10,6 +13,7 @@ from daemon.gateway.answers import Fields, Refusal
 from daemon.gateway.table import Target
 from daemon.gateway.wire import Headers
 
+NO_FIELDS: Mapping[str, Any] = MappingProxyType({})
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 # RFC 9110, 7.6.1: meant for one connection. The others are ours to say: answers must come unpacked, for their `model`.
 NOT_FORWARDED = {
@@ -47,13 +51,15 @@ class Call:
         session = header_of(self._headers, header)
         return session.decode("latin-1") if session else self.user
 
-    def body_for(self, target: Target) -> bytes:
-        """The same request with the engine's name for the version."""
-        if target.name == self.model and not target.extra:
+    def body_for(self, target: Target, changes: Mapping[str, Any] = NO_FIELDS) -> bytes:
+        """The same request with the engine's name for the version, and with some fields changed."""
+        if target.name == self.model and not target.extra and not changes:
             return self._body
         fields = msgspec.json.decode(self._body, type=Fields)
-        for key, value in {**target.extra, "model": target.name}.items():
+        for key, value in {**changes, **target.extra, "model": target.name}.items():
             fields[key] = msgspec.Raw(msgspec.json.encode(value))
+        if changes.get("stream") is False:
+            fields.pop("stream_options", None)  # OpenAI refuses it without a stream
         return msgspec.json.encode(fields)
 
     def headers_for_engine(self, *, with_authorization: bool) -> Headers:

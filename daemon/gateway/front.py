@@ -6,16 +6,18 @@ A request is pinned when it is admitted: whatever happens to the alias afterward
 import asyncio
 import hmac
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
 from daemon.gateway.aliases import Aliases
 from daemon.gateway.answers import EventStream, Refusal, send_json, with_model
-from daemon.gateway.calls import Call, Gone, forwarded, header_of, read_body, request_id_of
-from daemon.gateway.split import choose, is_copied
-from daemon.gateway.table import Route, Target
+from daemon.gateway.calls import NO_FIELDS, Call, Gone, forwarded, header_of, read_body, request_id_of
+from daemon.gateway.shadow import Shadows
+from daemon.gateway.split import choose
+from daemon.gateway.table import Target
 from daemon.gateway.traffic import Ending, Lane, Traffic
 from daemon.gateway.upstream import Exchange, Fleet, UpstreamFailed
 from daemon.gateway.wire import Headers
@@ -23,7 +25,6 @@ from daemon.gateway.wire import Headers
 log = logging.getLogger("eternad.gateway")
 FORWARDED = {"/v1/completions", "/v1/chat/completions"}
 TRY_ANOTHER = {502, 503}
-SHADOWS_MAX = 32
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,7 +42,7 @@ class Front:
     def __init__(self, aliases: Aliases, traffic: Traffic, fleet: Fleet, rules: Rules) -> None:
         self._aliases, self._traffic, self._fleet, self._rules = aliases, traffic, fleet, rules
         self._expected = f"Bearer {rules.token}".encode() if rules.token else None
-        self._shadows: set[asyncio.Task[None]] = set()
+        self._shadows = Shadows(traffic, self._whole)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -89,7 +90,7 @@ class Front:
             raise Refusal(404, f"the model `{call.model}` does not exist; there are: {known}")
         alias, route = found
         target = choose(alias, route, call.key(self._rules.sticky_header))
-        self._copy(call, route, target)
+        self._shadows.sample(call, route)
         lane = self._traffic.lane(target.version)
         since, ending = lane.enter(), "failed"
         watch = _Disconnect(receive)
@@ -116,9 +117,9 @@ class Front:
         finally:
             answer.exchange.abort()
 
-    async def _ask(self, call: Call, target: Target) -> "_Answer":
+    async def _ask(self, call: Call, target: Target, fields: Mapping[str, Any] = NO_FIELDS) -> "_Answer":
         """Of one replica, and of another one if the first fails before the client has got a byte."""
-        body, failed, reason = call.body_for(target), None, ""
+        body, failed, reason = call.body_for(target, fields), None, ""
         headers = call.headers_for_engine(with_authorization=self._expected is None)
         for attempt in range(min(2, len(target.urls))):
             replica = self._fleet.pick(target.urls, failed)
@@ -135,31 +136,11 @@ class Front:
             log.warning("%s: %s (request %s)", target.version, reason, call.request_id.decode())
         raise Refusal(502, f"{target.version} cannot be reached: {reason}")
 
-    def _copy(self, call: Call, route: Route, target: Target) -> None:
-        """Send the same to the shadow; nobody waits for it."""
-        shadow = route.shadow
-        if shadow is None or shadow.version == target.version or not is_copied(route):
-            return
-        lane = self._traffic.lane(shadow.version)
-        if len(self._shadows) >= SHADOWS_MAX:
-            lane.shadow_skipped += 1
-            return
-        task = asyncio.create_task(self._shadow(call, shadow, lane))
-        self._shadows.add(task)
-        task.add_done_callback(self._shadows.discard)
-
-    async def _shadow(self, call: Call, shadow: Target, lane: Lane) -> None:
-        since, is_good = lane.enter(), False
-        try:
-            answer = await self._ask(call, shadow)
-            lane.first_byte(since)
-            async for _ in answer.rest or _nothing():
-                pass
-            is_good = answer.exchange.status < 500
-        except (Refusal, UpstreamFailed) as error:
-            log.info("shadow %s: %s", shadow.version, error)
-        finally:
-            lane.leave_shadow(is_good=is_good)
+    async def _whole(self, call: Call, target: Target, fields: dict[str, Any]) -> tuple[int, bytes]:
+        """Status and body of a request with some fields changed, which is no player's."""
+        answer = await self._ask(call, target, fields)
+        rest = b"".join([piece async for piece in answer.rest]) if answer.rest is not None else b""
+        return answer.exchange.status, answer.first + rest
 
 
 class _Disconnect:
@@ -225,8 +206,3 @@ async def _send_stream(send: Send, answer: _Answer, headers: Headers, version: s
         last = b"\n\ndata: " + Refusal(502, f"{version} broke off: {error}").body() + b"\n\n"
     await send({"type": "http.response.body", "body": last})
     return ending
-
-
-async def _nothing() -> AsyncIterator[bytes]:
-    for _ in ():
-        yield b""

@@ -2,7 +2,8 @@
 
 It is one JSON file. A change writes the whole of it anew (temporary name, fsync, rename, fsync of the directory), is
 durable before it is answered, and is refused when another writer was faster: whoever changes an alias says which
-generation of it he has seen. Generations never come again, not even after an alias was removed.
+generation of it he has seen. Generations never come again, not even after an alias was removed. An alias that a daemon
+keeps belongs to it: two daemons that both mean the same alias would otherwise move it to and fro for ever.
 """
 
 import os
@@ -54,6 +55,8 @@ class Route(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Gets copies of requests; its answers are counted and thrown away."""
     generation: int = 0
     """The table's generation at which this route was made."""
+    owner: str = ""
+    """The daemon that keeps it; empty: nobody in particular."""
 
     def all_targets(self) -> list[Target]:
         """The shadow included."""
@@ -68,19 +71,24 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     """Grows by one with every change."""
     aliases: dict[str, Route] = {}
 
-    def changed(self, alias: str, route: Route | None, expected: int | None) -> "Table":
+    def changed(self, alias: str, route: Route | None, expected: int | None, owner: str | None = None) -> "Table":
         """The next table, with `route` (None: without the alias).
 
         `expected`: the generation at which the writer has seen the alias, 0 for "it is not there", None for "I do not
-        care". Raises `Conflict`.
+        care". `owner`: the daemon that writes; None: a person, who leaves it to whom it belongs. Raises `Conflict`.
         """
-        found = self.aliases[alias].generation if alias in self.aliases else 0
-        if expected is not None and expected != found:
-            raise Conflict(f"{alias} is at generation {found}, not {expected}: read it again, then decide")
+        found = self.aliases.get(alias, Route(targets=[]))
+        if expected is not None and expected != found.generation:
+            raise Conflict(f"{alias} is at generation {found.generation}, not {expected}: read it again, then decide")
+        if owner and found.owner and owner != found.owner:
+            raise Conflict(
+                f"{alias} is kept by another daemon, {found.owner}: stop that one, then DELETE /aliases/{alias}/owner"
+            )
         aliases = {name: each for name, each in self.aliases.items() if name != alias}
         following = self.generation + 1
         if route is not None:
-            aliases[alias] = msgspec.structs.replace(route, generation=following)
+            kept = found.owner if owner is None else owner
+            aliases[alias] = msgspec.structs.replace(route, generation=following, owner=kept)
         return Table(generation=following, aliases=aliases)
 
 

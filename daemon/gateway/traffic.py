@@ -64,11 +64,11 @@ class Lane:
             self.cancelled += 1
         self._settle()
 
-    def leave_shadow(self, *, is_good: bool) -> None:
-        """A copy has ended."""
+    def leave_background(self, *, is_good: bool | None) -> None:
+        """A copy has ended; None: that of the version which the shadow is compared with, counted nowhere here."""
         self.inflight -= 1
-        self.shadowed += is_good
-        self.shadow_failed += not is_good
+        self.shadowed += is_good is True
+        self.shadow_failed += is_good is False
         self._settle()
 
     def _settle(self) -> None:
@@ -94,11 +94,43 @@ class Lane:
         )  # fmt: skip
 
 
+class Side(msgspec.Struct):
+    """One version's part in a comparison."""
+
+    answered: int = 0
+    failed: int = 0
+    """A status above 399, or none."""
+    ms: float = 0.0
+    """Milliseconds until the last byte, the sum over what was answered."""
+
+
+class Comparison(msgspec.Struct):
+    """A shadow's answers against those of the version that is asked first, since they began to be compared."""
+
+    against: str
+    candidate: Side = msgspec.field(default_factory=Side)
+    stable: Side = msgspec.field(default_factory=Side)
+    pairs: int = 0
+    """Both answered."""
+    identical: int = 0
+    divergence: float = 0.0
+    """The sum over all pairs of the share of words that differ."""
+
+
 class Traffic:
     """All versions that requests have gone to."""
 
     def __init__(self) -> None:
         self.lanes: dict[str, Lane] = {}
+        self.comparisons: dict[str, Comparison] = {}
+        """By the shadow's version."""
+
+    def comparison(self, version: str, against: str) -> Comparison:
+        """A shadow's, from zero if it is compared with another version than before."""
+        found = self.comparisons.get(version)
+        if found is None or found.against != against:
+            found = self.comparisons[version] = Comparison(against=against)
+        return found
 
     def lane(self, version: str) -> Lane:
         """The version's numbers, from zero if it is new."""
@@ -114,3 +146,4 @@ class Traffic:
     def forget(self, named: set[str]) -> None:
         """Drop the numbers of versions that no alias names and on which nothing runs."""
         self.lanes = {key: lane for key, lane in self.lanes.items() if lane.inflight or key in named}
+        self.comparisons = {key: each for key, each in self.comparisons.items() if key in named}

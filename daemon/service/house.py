@@ -1,11 +1,13 @@
 """What the parts of the service share: the configuration, the database and where things lie on disk."""
 
 import logging
+import secrets
 import shutil
+import socket
 from pathlib import Path
 
 from daemon.config import Config, Model
-from daemon.state.database import Connection, open_database
+from daemon.state.database import Connection, open_database, set_setting, setting, transaction
 from daemon.state.integrity import check_quickly
 
 log = logging.getLogger("eternad")
@@ -42,6 +44,15 @@ class House:
     def model(self, name: str) -> Model:
         """The configuration of a model; raises `KeyError` for one that was removed."""
         return self.config.models[name]
+
+    def owner(self) -> str:
+        """The name under which this daemon keeps aliases of the gateway: made once, so that a backup keeps it."""
+        name = setting(self.database, "owner")
+        if not name:
+            name = f"{self.config.state_directory} on {socket.gethostname()} ({secrets.token_hex(4)})"
+            with transaction(self.database) as connection:
+                set_setting(connection, "owner", name)
+        return name
 
     def disk_is_low(self) -> bool:
         """Less free space than `disk_free_bytes_min` where the state lies."""

@@ -25,7 +25,7 @@ class Keeping:
             searches = self._house.config.state_directory / "tuning" / name
             removals += retention.old_searches(searches, model.tuning.searches_kept)
             try:
-                listed = self._serving.listed(name)
+                listed = [*self._serving.listed(name), *self._serving.kept(name)]
             except (EngineUnavailable, EngineRefused) as error:
                 log.warning("old versions of %s are kept: %s", name, error)
                 continue

@@ -18,6 +18,7 @@ from daemon.service.house import House, log
 from daemon.service.intake import Intake
 from daemon.service.keeping import Keeping
 from daemon.service.orders import Orders, Said
+from daemon.service.rollouts import Rollouts
 from daemon.service.patience import Patience
 from daemon.service.searches import Searches
 from daemon.service.serving import Serving
@@ -37,7 +38,8 @@ class Service:
         self.config_path, self.started_at, self._turned_at = config_path, time.time(), 0.0
         self.house = House(config)
         self.serving = Serving(self.house)
-        self.updates = Updates(self.house, self.serving)
+        self.rollouts = Rollouts(self.house, self.serving)
+        self.updates = Updates(self.house, self.serving, self.rollouts)
         self.keeping = Keeping(self.house, self.serving)
         self.searches = Searches(self.house, config_path, self.reload)
         self.intake = Intake(self.house)
@@ -46,7 +48,7 @@ class Service:
         self.reloads = Counter[str]()
         self.clock = Clock()
         self.commands: Commands = queue.Queue()
-        self.orders = Orders(self.house, self.updates, self.serving)
+        self.orders = Orders(self.house, self.updates, self.serving, self.rollouts)
         self.orders.actions |= {
             "scan": self.intake.scan,
             "retry": self.intake.retry,

@@ -8,11 +8,14 @@ from typing import Any
 import msgspec
 
 from daemon import publish
-from daemon.engines.activate import Activation, Desired, Reconciled, activate, reconcile
+from daemon.engines.activate import Activation, activate
 from daemon.engines.build import build
 from daemon.engines.contract import Engine, EngineRefused, EngineUnavailable, Version
+from daemon.engines.exposure import Exposure, Split, expose
+from daemon.engines.reconcile import Desired, Reconciled, reconcile
+from daemon.rollout import Stage
 from daemon.service.house import House, log
-from daemon.state import runs
+from daemon.state import rollouts, runs
 from daemon.state.database import transaction
 
 ORDER_SECONDS, LISTING_SECONDS = 40.0, 5.0
@@ -20,6 +23,18 @@ ORDER_SECONDS, LISTING_SECONDS = 40.0, 5.0
 
 class NoSuchVersion(Exception):
     """A rollback to a version that does not exist, was never accepted or is no longer on disk."""
+
+
+class Observed(msgspec.Struct, frozen=True, kw_only=True):
+    """A candidate that had its share when its engine was last looked at."""
+
+    split: Split
+    stable: str
+    """The name of the version that has the other requests."""
+    traffic: dict[str, Any] | None = None
+    """`GET /traffic` of the gateway."""
+    turned_down: str = ""
+    """Why the engine cannot serve it any more."""
 
 
 class Serving:
@@ -38,6 +53,8 @@ class Serving:
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="engine")
         self._activating: dict[tuple[str, int], Future[Activation]] = {}
         self._reconciling: dict[str, tuple[Future[Reconciled], list[Desired]]] = {}
+        self._observed: dict[str, Observed] = {}
+        self._abandoned: list[tuple[str, Future[Activation]]] = []
         self.configure()
 
     def configure(self) -> None:
@@ -46,52 +63,85 @@ class Serving:
             engine.close()
         config = self._house.config
         gateway = config.gateway.admin_path(config.state_directory) if config.gateway.address else None
-        self._engines = {name: build(engine, gateway) for name, engine in config.engines.items()}
+        owner = self._house.owner() if gateway is not None else None
+        self._engines = {name: build(engine, gateway, owner) for name, engine in config.engines.items()}
         self._epochs, self._next = {}, {}
 
-    def activate(self, model: str, number: int) -> Activation | None:
+    def activate(self, model: str, number: int, stage: Stage | None = None) -> Activation | None:
         """Verify a version's files, load it, prove it by a probe, and let the model's name point to it.
 
-        Begins it at the first call; None while it is at work. Raises `EngineUnavailable` (try again), `EngineRefused`
-        (never will) or `publish.DamagedVersion`.
+        With a stage it only gets its share beside the live version. Begins it at the first call; None while it is at
+        work. Raises `EngineUnavailable` (try again), `EngineRefused` (never will) or `publish.DamagedVersion`.
         """
         key, engine = (model, number), self._house.config.models[model].engine
         if key not in self._activating:
             if self._is_busy(engine):
                 return None
-            self._activating[key] = self._threads.submit(self._activate, model, number, self._keep(engine))
+            self._activating[key] = self._threads.submit(self._activate, model, number, self._keep(engine), stage)
         if not self._activating[key].done():
             return None
         activation = self._activating.pop(key).result()
-        self.note(model, f"serves {name_of(model, number)}", serving=number, state="ok")
+        if stage is None:
+            self.note(model, f"serves {name_of(model, number)}", serving=number, state="ok")
         return activation
 
-    def _activate(self, model: str, number: int, keep: set[str]) -> Activation:
-        manifest = publish.verify(self.directory(model, number))
-        return activate(self._engine(model), model, self._version(model, number), manifest.canaries, keep=keep)
+    def _activate(self, model: str, number: int, keep: set[str], stage: Stage | None = None) -> Activation:
+        manifest, version = publish.verify(self.directory(model, number)), self._version(model, number)
+        if stage is None:
+            return activate(self._engine(model), model, version, manifest.canaries, keep=keep)
+        return expose(self._engine(model), model, _exposure(version, manifest, stage), keep=keep)
+
+    def activate_now(self, model: str, number: int, stage: Stage | None = None) -> dict[str, Any]:
+        """The same for an operator, who waits; what `Activation` says."""
+        engine = self._house.config.models[model].engine
+        self._wait_for(engine)
+        return dict(msgspec.to_builtins(self._activate(model, number, self._keep(engine), stage)))
 
     def _keep(self, engine: str) -> set[str]:
-        """Names that must stay loaded: of every model the live version and the one before it."""
+        """Names that must stay loaded: of every model the live version, the one before it, and what is on trial."""
         wishes = self._wishes(engine)
         wanted = [version for wish in wishes for version in (wish.version, wish.previous)]
+        wanted += [wish.exposure.version for wish in wishes if wish.exposure is not None]
         return {version.name for version in wanted if version is not None}
+
+    def kept(self, model: str) -> set[str]:
+        """Names of versions whose files must stay, whatever an engine lists: what is on trial, and live beside it."""
+        trial = rollouts.current(self._house.database, model)
+        return set() if trial is None else {name_of(model, trial.version), name_of(model, trial.stable)}
+
+    def observed(self, model: str) -> Observed | None:
+        """How a candidate has done, once for each look at its engine."""
+        return self._observed.pop(model, None)
+
+    def hasten(self, model: str) -> None:
+        """Look at the engine of a model at the next turn: something else is desired now."""
+        self._observed.pop(model, None)
+        if model in self._house.config.models:
+            self._next.pop(self._house.config.models[model].engine, None)
+
+    def abandon(self, model: str, number: int) -> None:
+        """Nobody waits for this activation any more; what it has changed by its end is mended afterwards."""
+        work = self._activating.pop((model, number), None)
+        if work is not None:
+            self._abandoned.append((self._house.config.models[model].engine, work))
+        self.hasten(model)
 
     def _is_busy(self, engine: str) -> bool:
         """Whether a thread talks to this engine now."""
         activating = (self._house.config.models[model].engine for model, _ in self._activating)
-        return engine in self._reconciling or engine in activating
+        self._abandoned = [(name, work) for name, work in self._abandoned if not work.done()]
+        return engine in self._reconciling or engine in activating or any(engine == name for name, _ in self._abandoned)
 
     def rollback(self, model: str, number: int | None, actor: str) -> int | None:
         """Serve another version (None: the one before the live one; 0: the base). Returns what is served then."""
         target = self._target(model, number)
-        self._wait_for(self._house.config.models[model].engine)
         detail: dict[str, Any] | None = None
         if target is None:
+            self._wait_for(self._house.config.models[model].engine)
             engine = self._engine(model)
             engine.route(model, engine.capabilities().base, engine.aliases().get(model))
         else:
-            keep = self._keep(self._house.config.models[model].engine)
-            detail = msgspec.to_builtins(self._activate(model, target, keep))
+            detail = self.activate_now(model, target)
         with transaction(self._house.database) as connection:
             runs.serve(connection, model, target, activation=detail, actor=actor)
         self.note(model, f"serves {name_of(model, target)}", serving=target, state="ok")
@@ -122,10 +172,14 @@ class Serving:
             return live.parent
         if number == 0:
             return None
+        self.check_servable(model, number)
+        return number
+
+    def check_servable(self, model: str, number: int) -> None:
+        """Raises `NoSuchVersion` for one that was never accepted, has failed, or is no longer on disk."""
         known = {version.number: version.state for version in runs.versions(self._house.database, model)}
         if known.get(number) not in ("live", "superseded", "rolled_back"):
             raise NoSuchVersion(f"{model} has no version {number} that could serve; see: eternad versions {model}")
-        return number
 
     def reconcile(self, now: float) -> None:
         """Every few seconds: compare what each engine serves with what is desired, and mend it."""
@@ -159,6 +213,11 @@ class Serving:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _note_reconciled(self, wish: Desired, done: Reconciled) -> None:
+        if wish.exposure is not None and wish.alias not in done.errors:
+            self._observed[wish.alias] = Observed(
+                split=wish.exposure.split, stable=done.aliases.get(wish.alias, ""), traffic=done.traffic,
+                turned_down=done.turned_down.get(wish.alias, ""),
+            )  # fmt: skip
         if wish.alias in done.errors:
             self.note(wish.alias, done.errors[wish.alias], state="refused")
             return
@@ -182,13 +241,13 @@ class Serving:
     def _wishes(self, engine: str) -> list[Desired]:
         """What each model of an engine should be served with, but for those whose new version is on its way in."""
         arriving = {run.model for run in runs.active(self._house.database) if run.state == "PUBLISHED"}
-        models = [name for name, model in self._house.config.models.items() if model.engine == engine]
-        return [self._desired(name) for name in models if name not in arriving]
+        wishes = [self._desired(name) for name, model in self._house.config.models.items() if model.engine == engine]
+        return [wish for wish in wishes if wish.alias not in arriving or wish.exposure is not None]
 
     def _desired(self, model: str) -> Desired:
         live = runs.live_version(self._house.database, model)
         if live is None:
-            return Desired(alias=model, version=None)
+            return Desired(alias=model, version=None, exposure=self._exposed(model))
         manifest = publish.read_manifest(self.directory(model, live.number))
         previous = live.parent
         if previous is not None and not self.directory(model, previous).exists():
@@ -198,7 +257,16 @@ class Serving:
             version=self._version(model, live.number),
             canaries=manifest.canaries if manifest is not None else [],
             previous=None if previous is None else self._version(model, previous),
+            exposure=self._exposed(model),
         )
+
+    def _exposed(self, model: str) -> Exposure | None:
+        """What is on trial."""
+        trial = rollouts.current(self._house.database, model)
+        manifest = publish.read_manifest(self.directory(model, trial.version)) if trial is not None else None
+        if trial is None or manifest is None:
+            return None
+        return _exposure(self._version(model, trial.version), manifest, Stage(trial.kind, trial.percent))
 
     def _version(self, model: str, number: int) -> Version:
         return Version(model=model, number=number, path=self.directory(model, number))
@@ -209,6 +277,17 @@ class Serving:
 
     def _engine(self, model: str) -> Engine:
         return self._engines[self._house.config.models[model].engine]
+
+
+def _exposure(version: Version, manifest: publish.Manifest, stage: Stage) -> Exposure:
+    return Exposure(
+        version=version, canaries=manifest.canaries, share=share_of(stage), is_shadow=stage.kind == "shadow"
+    )  # fmt: skip
+
+
+def share_of(stage: Stage) -> float:
+    """Of the requests, as it stands in the gateway's table."""
+    return round(stage.percent / 100, 6)
 
 
 def name_of(model: str, number: int | None) -> str:

@@ -1,6 +1,6 @@
 """Moves runs through their states: one small function per state, each ending in one transaction.
 
-    PENDING -> TRAINING -> TRAINED -> EVALUATING -> ACCEPTED -> PUBLISHED -> LIVE
+    PENDING -> TRAINING -> TRAINED -> EVALUATING -> ACCEPTED -> PUBLISHED [-> CANARY] -> LIVE
 
 Whatever dies at whatever line: the next call of `advance` does the step again from files plus the state column.
 """
@@ -15,10 +15,13 @@ import msgspec
 from buffers import experience, journal
 from daemon import failpoint, gate, publish, update
 from daemon.engines.contract import EngineRefused, EngineUnavailable
+from daemon.rollout import Stage
 from daemon.service.house import House, log
-from daemon.service.serving import Serving
-from daemon.state import runs
+from daemon.service.rollouts import Rollouts
+from daemon.service.serving import Serving, name_of
+from daemon.state import rollouts, runs
 from daemon.state.database import transaction
+from daemon.state.rollouts import Trial
 from daemon.state.runs import Run, RunState
 from daemon.state.trouble import trouble_of
 from strategies.request import read_report, read_request
@@ -33,8 +36,8 @@ HUNG_STOP_SECONDS = 15.0
 class Updates:
     """The runs of all models, at most one of them in training."""
 
-    def __init__(self, house: House, serving: Serving) -> None:
-        self._house, self._serving = house, serving
+    def __init__(self, house: House, serving: Serving, rollouts: Rollouts) -> None:
+        self._house, self._serving, self._rollouts = house, serving, rollouts
         self._trainers: dict[str, update.Trainer] = {}
         self._steps: dict[RunState, Callable[[Run], Run | None]] = {
             "PENDING": self._begin,
@@ -42,7 +45,8 @@ class Updates:
             "TRAINED": lambda run: self._move(run, "EVALUATING"),
             "EVALUATING": self._judge,
             "ACCEPTED": self._publish,
-            "PUBLISHED": self._activate,
+            "PUBLISHED": self._introduce,
+            "CANARY": self._try,
         }
 
     def advance(self) -> None:
@@ -52,6 +56,7 @@ class Updates:
             while following is not None and following.state in self._steps:
                 following = self._step(following)
 
+        self._watch_trials_by_hand()
     def _step(self, run: Run) -> Run | None:
         """One of the daemon's two catch-all boundaries: a run that breaks ends with a reason, the daemon goes on."""
         try:
@@ -172,10 +177,23 @@ class Updates:
         failpoint.reach("PUBLISHED:after")
         return moved
 
-    def _activate(self, run: Run) -> Run | None:
+    def _introduce(self, run: Run) -> Run | None:
+        if self._rollouts.current(run.model) is not None:
+            return None  # another version is on trial by hand: one at a time
+        return self._activate(run, self._rollouts.first_stage(run.model))
+
+    def _try(self, run: Run) -> Run | None:
+        trial = self._rollouts.current(run.model)
+        assert trial is not None  # begun in the transaction that made the run CANARY, ended in the one that moves it
+        judgement = self._rollouts.look(trial)
+        if judgement is None:
+            return None
+        return self._activate(run) if judgement.outcome == "pass" else self._turn_down(run, judgement.reason)
+
+    def _activate(self, run: Run, stage: Stage | None = None) -> Run | None:
         assert run.version is not None  # set in the transaction that made it PUBLISHED
         try:
-            activation = self._serving.activate(run.model, run.version)
+            activation = self._serving.activate(run.model, run.version, stage)
         except EngineUnavailable as error:
             self._serving.note(run.model, str(error))
             return None  # the version stays desired; the next turn tries again
@@ -185,18 +203,62 @@ class Updates:
             return None
         report = read_report(self.directory(run))
         failpoint.reach("LIVE:before")
+        if stage is None:
+            return self._go_live(run, msgspec.to_builtins(activation))
+        failpoint.reach("CANARY:before")
+        moved = self._rollouts.begin(run, stage)
+        failpoint.reach("CANARY:after")
+        return moved
+
+    def _go_live(self, run: Run, activation: dict[str, Any], actor: str = "eternad") -> Run:
         with transaction(self._house.database) as connection:
             journal.consume(connection, run.id, run.update_number)
             journal.remember_tokens(connection, report.example_tokens if report is not None else [])
             journal.remember_losses(connection, report.example_losses if report is not None else [])
             moved = runs.move(connection, run, "LIVE", run.reason)
-            runs.serve(connection, run.model, run.version, activation=msgspec.to_builtins(activation))
+            runs.serve(connection, run.model, run.version, activation=activation, actor=actor)
+            rollouts.end_of(connection, run.model, run.version, "promoted", run.reason, actor)
         failpoint.reach("LIVE:after")
-        log.info("%s@%04d is live (%s)", run.model, run.version, run.reason)
+        log.info("%s is live (%s)", name_of(run.model, run.version), run.reason)
         self._drop_bulk(run)
         return moved
 
     # -- helpers of all states ------------------------------------------------------------------------------------
+
+    # -- trials ---------------------------------------------------------------------------------------------------
+
+    def _watch_trials_by_hand(self) -> None:
+        """Those of versions that have served before: their runs are at their end."""
+        for model in self._house.config.models:
+            trial = self._rollouts.current(model)
+            if trial is not None and not trial.is_first:
+                judgement = self._rollouts.look(trial)
+                if judgement is not None and judgement.outcome == "fail":
+                    self.withdraw(trial, judgement.reason)
+
+    def promote(self, trial: Trial, actor: str) -> None:
+        """An operator wants the version on trial to answer all requests now. Raises as an activation does."""
+        detail = self._serving.activate_now(trial.model, trial.version)
+        if trial.is_first:
+            self._go_live(rollouts.run_of(self._house.database, trial), detail, actor)
+            return
+        with transaction(self._house.database) as connection:
+            rollouts.end(connection, trial, "promoted", f"by {actor}", actor)
+            runs.serve(connection, trial.model, trial.version, activation=detail, actor=actor)
+
+    def withdraw(self, trial: Trial, reason: str, actor: str = "eternad") -> None:
+        """The version on trial loses its share; the engine follows at the next turn."""
+        if trial.is_first:
+            self._turn_down(rollouts.run_of(self._house.database, trial), reason, actor)
+            return
+        log.warning("%s is rolled back: %s", name_of(trial.model, trial.version), reason)
+        with transaction(self._house.database) as connection:
+            rollouts.end(connection, trial, "rolled_back", reason, actor)
+        self._serving.hasten(trial.model)
+
+    def _turn_down(self, run: Run, reason: str, actor: str = "eternad") -> Run:
+        log.warning("%s is rolled back: %s", name_of(run.model, run.version), reason)
+        return self._end(run, "ROLLED_BACK", reason, held_against=True, actor=actor)
 
     def _move(self, run: Run, to: RunState, reason: str = "", **columns: Any) -> Run:
         failpoint.reach(f"{to}:before")
@@ -209,18 +271,25 @@ class Updates:
         log.error("run %s failed (%s): %s", run.id, code, reason)
         return self._end(run, "FAILED", f"{code}: {reason}", held_against=code not in ENVIRONMENT_CODES)
 
-    def _end(self, run: Run, to: RunState, reason: str, *, held_against: bool, **columns: Any) -> Run:
+    def _end(
+        self, run: Run, to: RunState, reason: str, *, held_against: bool, actor: str = "eternad", **columns: Any
+    ) -> Run:
         self._trainers.pop(run.id, None)
         failpoint.reach(f"{to}:before")
         with transaction(self._house.database) as connection:
             moved = runs.move(connection, run, to, reason, **columns)
             if run.version is not None:
-                runs.set_version_state(connection, run.model, run.version, "failed")
+            ending: rollouts.Ending = "cancelled" if to == "CANCELLED" else "rolled_back"
+            rollouts.end_of(connection, run.model, run.version, ending, reason, actor)
+                state = "rolled_back" if to == "ROLLED_BACK" else "failed"
+                runs.set_version_state(connection, run.model, run.version, state)
             attempts_max = self._house.config.run_attempts_max
             rejected = journal.release(connection, run.id, attempts_max=attempts_max, failed=held_against)
         failpoint.reach(f"{to}:after")
         if rejected:
             log.warning("%d examples of run %s are set aside: they failed %d times", rejected, run.id, attempts_max)
+        if run.version is not None:
+            self._serving.abandon(run.model, run.version)
         return moved
 
     def _trainer(self, run: Run) -> update.Trainer:

@@ -152,6 +152,32 @@ MIGRATIONS: list[tuple[str, str]] = [
         ) WITHOUT ROWID;
         """,
     ),
+    (
+        "rollout-1",
+        """
+        CREATE TABLE rollout (                -- versions on their way to all requests, step by step
+          id INTEGER PRIMARY KEY AUTOINCREMENT,
+          model TEXT NOT NULL,
+          version INTEGER NOT NULL,
+          stable INTEGER,                     -- what answers the other requests; NULL: the base
+          is_first INTEGER NOT NULL,          -- its run is CANARY meanwhile; 0: a version that has served before
+          is_held INTEGER NOT NULL,           -- an operator chose the share: nothing is promoted by itself
+          settings TEXT NOT NULL,             -- JSON of daemon.rollout.Rollout, as it was at the beginning
+          stage INTEGER NOT NULL,
+          kind TEXT NOT NULL,                 -- shadow | canary
+          percent REAL NOT NULL,
+          signals TEXT NOT NULL,              -- JSON of daemon.rollout.Signals, of the present stage
+          judgement TEXT,                     -- JSON of daemon.rollout.Judgement, the latest
+          began_at REAL NOT NULL,
+          stage_began_at REAL NOT NULL,
+          record_from INTEGER NOT NULL,       -- feedback records after this row are about the present stage
+          ended_at REAL,
+          outcome TEXT,                       -- promoted | rolled_back | cancelled
+          reason TEXT NOT NULL DEFAULT ''
+        );
+        CREATE UNIQUE INDEX rollout_open ON rollout (model) WHERE ended_at IS NULL;
+        """,
+    ),
     *trust_schema.MIGRATIONS,
 ]
 

@@ -145,3 +145,24 @@ def counts(connection: Connection, model: str) -> dict[str, int]:
         "SELECT kind || '/' || state, count(*) FROM record WHERE model = ? GROUP BY 1 ORDER BY 1", (model,)
     )
     return {str(key): int(number) for key, number in rows}
+
+
+def latest_row(connection: Connection) -> int:
+    """The place up to which records are stored; those that come are after it."""
+    return int(connection.execute("SELECT coalesce(max(rowid), 0) FROM record").fetchone()[0])
+
+
+def complaints(connection: Connection, model: str, version: int, after: int) -> tuple[int, int]:
+    """Of the believed records after a row that say what they think of this version's answers: all, and the bad ones.
+
+    Bad are a rating `false` and a correction. Held records do not count: the caps on subjects hold here, too.
+    """
+    names = (f"{model}@{version:04d}", f"{model}-{version:04d}")
+    row = connection.execute(
+        "SELECT count(*), coalesce(sum(kind = 'demonstration' OR json_extract(text, '$.value') = 0), 0) FROM ("
+        " SELECT kind, CAST(body AS TEXT) AS text FROM record WHERE rowid > ? AND model = ?"
+        " AND kind IN ('boolean', 'demonstration') AND state = 'journal')"
+        " WHERE json_extract(text, '$.inference.adapter') IN (?, ?)",
+        (after, model, *names),
+    ).fetchone()
+    return int(row[0]), int(row[1])

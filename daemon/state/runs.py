@@ -10,17 +10,18 @@ from daemon.state import audit
 from daemon.state.database import Connection
 
 RunState = Literal[
-    "PENDING", "TRAINING", "TRAINED", "EVALUATING", "ACCEPTED", "PUBLISHED", "LIVE", "SUPERSEDED",
+    "PENDING", "TRAINING", "TRAINED", "EVALUATING", "ACCEPTED", "PUBLISHED", "CANARY", "LIVE", "SUPERSEDED",
     "REJECTED", "FAILED", "CANCELLED", "ROLLED_BACK",
 ]  # fmt: skip
-ACTIVE: tuple[RunState, ...] = ("PENDING", "TRAINING", "TRAINED", "EVALUATING", "ACCEPTED", "PUBLISHED")
+ACTIVE: tuple[RunState, ...] = ("PENDING", "TRAINING", "TRAINED", "EVALUATING", "ACCEPTED", "PUBLISHED", "CANARY")
 MOVES: dict[RunState, tuple[RunState, ...]] = {
     "PENDING": ("TRAINING", "FAILED", "CANCELLED"),
     "TRAINING": ("TRAINED", "PENDING", "FAILED", "CANCELLED"),
     "TRAINED": ("EVALUATING", "FAILED", "CANCELLED"),
     "EVALUATING": ("ACCEPTED", "REJECTED", "FAILED", "CANCELLED"),
     "ACCEPTED": ("PUBLISHED", "FAILED", "CANCELLED"),
-    "PUBLISHED": ("LIVE", "FAILED", "CANCELLED"),
+    "PUBLISHED": ("CANARY", "LIVE", "FAILED", "CANCELLED"),
+    "CANARY": ("LIVE", "ROLLED_BACK", "FAILED", "CANCELLED"),
     "LIVE": ("SUPERSEDED", "ROLLED_BACK"),
     "SUPERSEDED": ("LIVE", "ROLLED_BACK"),
     "ROLLED_BACK": ("LIVE", "SUPERSEDED"),
@@ -245,7 +246,7 @@ def _retire(connection: Connection, version: Version, state: str) -> None:
 
 
 def set_version_state(connection: Connection, model: str, number: int, state: str) -> None:
-    """For versions that never served (`failed`) or whose files are gone (`removed`). In the caller's transaction."""
+    """For what `serve` does not decide: on trial, never served, files gone. In the caller's transaction."""
     connection.execute("UPDATE version SET state = ? WHERE model = ? AND number = ?", (state, model, number))
     audit.write(connection, f"version.{state}", f"{model}@{number:04d}")
 
@@ -254,7 +255,8 @@ def failures_in_a_row(connection: Connection, model: str) -> tuple[int, float]:
     """How many of the latest runs failed or were rejected without one that served between, and when the last did."""
     count, last = 0, 0.0
     for run in recent(connection, model, 20):
-        if run.state not in ("FAILED", "REJECTED"):
+        is_turned_down = run.state == "ROLLED_BACK" and run.version not in served  # on trial with live requests
+        if run.state not in ("FAILED", "REJECTED") and not is_turned_down:
             break
         count, last = count + 1, max(last, run.updated_at)
     return count, last

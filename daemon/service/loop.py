@@ -18,8 +18,8 @@ from daemon.service.house import House, log
 from daemon.service.intake import Intake
 from daemon.service.keeping import Keeping
 from daemon.service.orders import Orders, Said
-from daemon.service.rollouts import Rollouts
 from daemon.service.patience import Patience
+from daemon.service.rollouts import Rollouts
 from daemon.service.searches import Searches
 from daemon.service.serving import Serving
 from daemon.service.telling import Telling

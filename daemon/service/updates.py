@@ -55,8 +55,8 @@ class Updates:
             following: Run | None = run
             while following is not None and following.state in self._steps:
                 following = self._step(following)
-
         self._watch_trials_by_hand()
+
     def _step(self, run: Run) -> Run | None:
         """One of the daemon's two catch-all boundaries: a run that breaks ends with a reason, the daemon goes on."""
         try:
@@ -201,8 +201,6 @@ class Updates:
             return self._fail(run, "refused", str(error))  # the version before goes on serving
         if activation is None:
             return None
-        report = read_report(self.directory(run))
-        failpoint.reach("LIVE:before")
         if stage is None:
             return self._go_live(run, msgspec.to_builtins(activation))
         failpoint.reach("CANARY:before")
@@ -211,19 +209,19 @@ class Updates:
         return moved
 
     def _go_live(self, run: Run, activation: dict[str, Any], actor: str = "eternad") -> Run:
+        report = read_report(self.directory(run))
+        failpoint.reach("LIVE:before")
         with transaction(self._house.database) as connection:
             journal.consume(connection, run.id, run.update_number)
             journal.remember_tokens(connection, report.example_tokens if report is not None else [])
             journal.remember_losses(connection, report.example_losses if report is not None else [])
+            rollouts.end_of(connection, run.model, run.version, "promoted", run.reason, actor)
             moved = runs.move(connection, run, "LIVE", run.reason)
             runs.serve(connection, run.model, run.version, activation=activation, actor=actor)
-            rollouts.end_of(connection, run.model, run.version, "promoted", run.reason, actor)
         failpoint.reach("LIVE:after")
         log.info("%s is live (%s)", name_of(run.model, run.version), run.reason)
         self._drop_bulk(run)
         return moved
-
-    # -- helpers of all states ------------------------------------------------------------------------------------
 
     # -- trials ---------------------------------------------------------------------------------------------------
 
@@ -260,6 +258,8 @@ class Updates:
         log.warning("%s is rolled back: %s", name_of(run.model, run.version), reason)
         return self._end(run, "ROLLED_BACK", reason, held_against=True, actor=actor)
 
+    # -- helpers of all states ------------------------------------------------------------------------------------
+
     def _move(self, run: Run, to: RunState, reason: str = "", **columns: Any) -> Run:
         failpoint.reach(f"{to}:before")
         with transaction(self._house.database) as connection:
@@ -277,10 +277,10 @@ class Updates:
         self._trainers.pop(run.id, None)
         failpoint.reach(f"{to}:before")
         with transaction(self._house.database) as connection:
-            moved = runs.move(connection, run, to, reason, **columns)
-            if run.version is not None:
             ending: rollouts.Ending = "cancelled" if to == "CANCELLED" else "rolled_back"
             rollouts.end_of(connection, run.model, run.version, ending, reason, actor)
+            moved = runs.move(connection, run, to, reason, **columns)
+            if run.version is not None:
                 state = "rolled_back" if to == "ROLLED_BACK" else "failed"
                 runs.set_version_state(connection, run.model, run.version, state)
             attempts_max = self._house.config.run_attempts_max
@@ -288,8 +288,6 @@ class Updates:
         failpoint.reach(f"{to}:after")
         if rejected:
             log.warning("%d examples of run %s are set aside: they failed %d times", rejected, run.id, attempts_max)
-        if run.version is not None:
-            self._serving.abandon(run.model, run.version)
         return moved
 
     def _trainer(self, run: Run) -> update.Trainer:

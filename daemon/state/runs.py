@@ -252,8 +252,9 @@ def set_version_state(connection: Connection, model: str, number: int, state: st
 
 
 def failures_in_a_row(connection: Connection, model: str) -> tuple[int, float]:
-    """How many of the latest runs failed or were rejected without one that served between, and when the last did."""
+    """How many of the latest runs failed or were turned down without one that served between, and when the last did."""
     count, last = 0, 0.0
+    served = {version.number for version in versions(connection, model) if version.activated_at is not None}
     for run in recent(connection, model, 20):
         is_turned_down = run.state == "ROLLED_BACK" and run.version not in served  # on trial with live requests
         if run.state not in ("FAILED", "REJECTED") and not is_turned_down:

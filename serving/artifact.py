@@ -2,22 +2,24 @@
 
 Opened are `adapter_config.json`, `adapter_model.safetensors` and `manifest.json`, below the adapter root and nowhere
 else; safetensors and JSON only, so that a pickle is bytes that fail to parse. safetensors has no checksum of its own:
-the manifest's SHA-256, the shapes and a scan for NaN and infinity (by `SlotBank.prepare`) stand in for it.
+the manifest's SHA-256, the shapes and a scan for NaN and infinity (by `SlotBank.prepare`) stand in for it. The hash,
+half of the time that all this takes, is computed beside the rest.
 """
 
 import hashlib
 import os
 import re
 import stat
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_safetensors
 
 from serving.refusal import Refusal
+from serving.tensors import Torn, parse
 
 CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "manifest.json"
 CONFIG_BYTES, MANIFEST_BYTES = 1 << 20, 16 << 20
@@ -42,23 +44,30 @@ class Staged(msgspec.Struct, frozen=True, kw_only=True):
     """`generation_of` its configuration and weights."""
     rank: int
     """The largest of its ranks."""
-    pairs: dict[str, Pair]
-    """By module name of the base model."""
+    tensors: list[torch.Tensor]
+    """As `prepare` has laid them out."""
 
 
-def stage(root: Path, path: str, max_rank: int, max_bytes: int) -> Staged:
-    """Read and verify the adapter directory `path`; raises `Refusal` 404 (missing), 403 (outside), 400 (unfit)."""
+Prepare = Callable[[dict[str, Pair]], list[torch.Tensor]]
+"""From {module name of the base model: pair} to what a commit copies; raises `Refusal` 400 for what does not fit."""
+
+
+def stage(root: Path, path: str, max_rank: int, max_bytes: int, prepare: Prepare) -> Staged:
+    """Read, verify and lay out the directory `path`; raises `Refusal` 404 (missing), 403 (outside), 400 (unfit)."""
     directory = jailed(root, path)
     config_bytes = _read(directory, CONFIG, CONFIG_BYTES)
     weights = _read(directory, WEIGHTS, max_bytes)
-    digest = hashlib.sha256(weights).hexdigest()
+    with ThreadPoolExecutor(1, thread_name_prefix="sha256") as beside:
+        hashed = beside.submit(hashlib.sha256, weights)
+        config = _config(directory, config_bytes)
+        pairs = _pairs(directory, weights, config)
+        rank = max(pair.a.shape[0] for pair in pairs.values())
+        if rank > max_rank:
+            raise Refusal(400, f"{directory}: rank {rank} is above this server's --max-rank {max_rank}")
+        tensors = prepare(pairs)
+        digest = hashed.result().hexdigest()
     _check_manifest(directory, {CONFIG: hashlib.sha256(config_bytes).hexdigest(), WEIGHTS: digest})
-    config = _config(directory, config_bytes)
-    pairs = _pairs(directory, _tensors(directory, weights), config)
-    rank = max(pair.a.shape[0] for pair in pairs.values())
-    if rank > max_rank:
-        raise Refusal(400, f"{directory}: rank {rank} is above this server's --max-rank {max_rank}")
-    return Staged(path=directory, generation=generation_of(config, digest), rank=rank, pairs=pairs)
+    return Staged(path=directory, generation=generation_of(config, digest), rank=rank, tensors=tensors)
 
 
 def jailed(root: Path, path: str) -> Path:
@@ -80,7 +89,7 @@ def generation_of(config: dict[str, Any], weights_sha256: str) -> str:
     return hashlib.sha256(canonical + b"\n" + weights_sha256.encode()).hexdigest()
 
 
-def _read(directory: Path, name: str, limit: int) -> bytes:
+def _read(directory: Path, name: str, limit: int) -> bytearray:
     """A regular file of at most `limit` bytes, never through a link, never blocking on a pipe."""
     try:
         descriptor = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -94,7 +103,9 @@ def _read(directory: Path, name: str, limit: int) -> bytes:
             raise Refusal(400, f"{directory / name}: not a regular file")
         if status.st_size > limit:
             raise Refusal(400, f"{directory / name}: {status.st_size} bytes, more than any fitting adapter ({limit})")
-        return file.read()
+        buffer = bytearray(status.st_size)
+        del buffer[file.readinto(buffer) :]
+        return buffer
 
 
 def _check_manifest(directory: Path, found: dict[str, str]) -> None:
@@ -111,7 +122,7 @@ def _check_manifest(directory: Path, found: dict[str, str]) -> None:
             raise Refusal(400, f"{directory / name}: SHA-256 {digest} is not the manifest's {expected.get(name)}")
 
 
-def _config(directory: Path, body: bytes) -> dict[str, Any]:
+def _config(directory: Path, body: bytearray) -> dict[str, Any]:
     try:
         config: dict[str, Any] = msgspec.json.decode(body, type=dict[str, Any])
     except msgspec.DecodeError as error:
@@ -124,22 +135,17 @@ def _config(directory: Path, body: bytes) -> dict[str, Any]:
     return config
 
 
-def _tensors(directory: Path, weights: bytes) -> dict[str, torch.Tensor]:
-    try:
-        return parse_safetensors(weights)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise Refusal(400, f"{directory / WEIGHTS}: torn, or not safetensors: {error}") from None
-
-
-def _pairs(directory: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, Pair]:
+def _pairs(directory: Path, weights: bytearray, config: dict[str, Any]) -> dict[str, Pair]:
     """{module: (A, B)}: every tensor belongs to a pair, and A and B have one rank."""
+    try:
+        tensors = parse(weights)
+    except Torn as error:
+        raise Refusal(400, f"{directory / WEIGHTS}: torn, or not safetensors: {error}") from None
     sides: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.match(key)
         if match is None:
             raise Refusal(400, f"{directory / WEIGHTS}: tensor {key!r} is not a LoRA weight of a linear layer")
-        if not tensor.is_floating_point():
-            raise Refusal(400, f"{directory / WEIGHTS}: tensor {key!r} is {tensor.dtype}, not floating point")
         sides.setdefault(match["module"], {})[match["side"]] = tensor
     if not sides:
         raise Refusal(400, f"{directory / WEIGHTS}: no tensors")

@@ -14,8 +14,8 @@ from serving.model import Dtype, ServedModel
 from serving.refusal import Refusal
 from serving.registry import Adapter, Flip, Registry
 from serving.scheduler import Scheduler
+from serving.tensors import HEADER_BYTES
 
-HEADER_BYTES = 4 << 20  # of a safetensors file, at most
 log = logging.getLogger("serving")
 
 
@@ -88,16 +88,16 @@ class Engine:
     def _fill(self, slot: int, name: str, path: str, expected_generation: str | None) -> Loaded:
         started = time.perf_counter()
         bank = self.model.bank
-        staged = stage(self.options.adapter_root, path, self.options.max_rank, bank.slot_bytes + HEADER_BYTES)
+        largest = bank.slot_bytes + HEADER_BYTES
+        staged = stage(self.options.adapter_root, path, self.options.max_rank, largest, bank.prepare)
         if expected_generation not in (None, staged.generation):
             raise Refusal(409, f"{staged.path} has generation {staged.generation}, not {expected_generation}")
-        tensors = bank.prepare(staged.pairs)
         ready = time.perf_counter()
         spent: list[float] = []
 
         def commit() -> None:
             begun = time.perf_counter()
-            bank.commit(slot, tensors)
+            bank.commit(slot, staged.tensors)
             spent.append(time.perf_counter() - begun)
 
         self.scheduler.between_steps(commit).result()

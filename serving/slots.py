@@ -75,6 +75,13 @@ class SlotBank:
             parent, _, child = name.rpartition(".")
             self.layers[name] = SlotLinear(module, slots, rank, self.selection)
             setattr(model.get_submodule(parent), child, self.layers[name])
+        # Adapters are laid out here, always in the same memory: 10 MB of new pages took longer than filling them
+        places = self._places(0)
+        self._device, self._shapes = device, [place.shape for place in places]
+        self._room = torch.zeros(
+            sum(place.numel() for place in places), dtype=places[0].dtype, pin_memory=device.type == "cuda"
+        )
+        self._parts = self._split(self._room)
 
     @property
     def slot_bytes(self) -> int:
@@ -82,7 +89,7 @@ class SlotBank:
         return sum(4 * self.rank * (layer.a.shape[1] + layer.b.shape[1]) for layer in self.layers.values())
 
     def prepare(self, pairs: dict[str, Pair]) -> list[torch.Tensor]:
-        """What `commit` copies, in order, as views of one buffer; off the decoding thread.
+        """What `commit` copies, in order; off the decoding thread. Valid until the next call, which overwrites it.
 
         Raises `Refusal` 400 for a module without a slot, a wrong shape, and for NaN or infinity after scaling and
         conversion: masked or not, one such weight would reach every row of a mixed batch (0 * NaN is NaN).
@@ -92,23 +99,24 @@ class SlotBank:
             raise Refusal(
                 400, f"the base has no linear layer {unknown[0]!r} ({len(unknown)} such modules): wrong base?"
             )
-        places = self._places(0)
-        like = places[0]
-        room = torch.zeros(sum(place.numel() for place in places), dtype=like.dtype, device=like.device)
-        parts = room.split([place.numel() for place in places])
-        tensors = [part.view(place.shape) for part, place in zip(parts, places, strict=True)]
-        for (name, layer), a, b in zip(self.layers.items(), tensors[::2], tensors[1::2], strict=True):
+        self._room.zero_()
+        for (name, layer), a, b in zip(self.layers.items(), self._parts[::2], self._parts[1::2], strict=True):
             if (pair := pairs.get(name)) is not None:
                 layer.check(name, pair)
                 a[: pair.a.shape[0]].copy_(pair.a)
                 torch.mul(pair.b.T, pair.scale, out=b[: pair.b.shape[1]])
-        if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(room)):  # both carry a NaN on
-            raise Refusal(400, f"the adapter has NaN or infinite weights in {room.dtype}")
-        return tensors
+        if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(self._room)):  # both carry a NaN on
+            raise Refusal(400, f"the adapter has NaN or infinite weights in {self._room.dtype}")
+        return self._parts if self._device.type == "cpu" else self._split(self._room.to(self._device))
 
     def commit(self, slot: int, tensors: list[torch.Tensor]) -> None:
         """Overwrite a free slot, between two forward passes."""
         torch._foreach_copy_(self._places(slot), tensors)
+
+    def _split(self, room: torch.Tensor) -> list[torch.Tensor]:
+        """One view per place of a slot."""
+        parts = room.split([shape.numel() for shape in self._shapes])
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def _places(self, slot: int) -> list[torch.Tensor]:
         """(rank, inputs) and (rank, outputs) of every layer, alternating."""

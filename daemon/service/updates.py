@@ -286,6 +286,8 @@ class Updates:
             attempts_max = self._house.config.run_attempts_max
             rejected = journal.release(connection, run.id, attempts_max=attempts_max, failed=held_against)
         failpoint.reach(f"{to}:after")
+        if run.version is not None:
+            self._serving.abandon(run.model, run.version)
         if rejected:
             log.warning("%d examples of run %s are set aside: they failed %d times", rejected, run.id, attempts_max)
         return moved

@@ -14,6 +14,7 @@ import msgspec
 
 from buffers import journal
 from daemon.config import Config
+from daemon.config import Model as ModelConfig
 from daemon.rollout import Check
 from daemon.state import rollouts, runs, summary
 from daemon.state.database import Connection, setting

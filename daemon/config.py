@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from buffers.policy import Buffer
+from daemon import windows
 from daemon.notify.settings import Notify, problem
 from daemon.rollout import Rollout, stages
 from daemon.trust.policy import Source, Trust
@@ -73,6 +74,12 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     interval_seconds: Positive | None = None
     examples_max: Count = 2000
     """One update learns at most so many new examples; the rest waits for the next."""
+    windows: list[str] = msgspec.field(default_factory=list)
+    """Updates begin only then, local time: `22:00-06:00`, `mon-fri 20:00-24:00`; none: at any time."""
+    blackouts: list[str] = msgspec.field(default_factory=list)
+    """Days on which none begins: `2026-12-24`, `2026-12-24..2027-01-02`."""
+    load_max: Positive | None = None
+    """None begins while the machine's load (average of a minute, per CPU) is above this: `0.5`."""
 
 
 class Gate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -179,6 +186,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     intake: Intake = Intake()
     gateway: Gateway = Gateway()
     notify: Notify = Notify()
+    gpu_lock_file: Path | None = None
+    """A trainer holds a lock (`flock`) on this file: it waits for other programs that do, and they for it."""
     tick_seconds: Positive = 0.5
     """Pause between two turns of the daemon's loop."""
     hang_seconds: Positive = 300.0
@@ -262,6 +271,7 @@ def _absolute(config: Config, directory: Path) -> Config:
         config,
         library_directory=directory / config.library_directory,
         state_directory=directory / config.state_directory,
+        gpu_lock_file=at(config.gpu_lock_file),
         trust=replace(config.trust, blocklist_file=at(config.trust.blocklist_file)),
         web=replace(config.web, token_file=at(config.web.token_file)),
         intake=replace(config.intake, socket=at(config.intake.socket)),
@@ -310,6 +320,8 @@ def _check(config: Config, path: Path) -> None:
         if twice := {each for each in names if names.count(each) > 1}:
             raise ConfigError(f"{place} strategy `{twice.pop().lower()}` is listed twice")
         _check_rollout(config, model, f"{place}.rollout")
+        if (wrong := windows.problem(model.schedule.windows, model.schedule.blackouts)) is not None:
+            raise ConfigError(f"{place}.schedule: {wrong}")
         if model.schedule.cron is not None:
             _check_cron(model.schedule.cron, f"{place}.schedule cron")
 

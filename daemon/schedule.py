@@ -1,10 +1,24 @@
 """When an update is due: pure functions of what waits, the rules and the time."""
 
+import math
+
 from buffers.journal import Pending
+from daemon import windows
 from daemon.config import Schedule
 from daemon.wording import duration
 
 RETRY_SECONDS, RETRY_SECONDS_MAX = 60.0, 3600.0
+
+
+def held_back(rules: Schedule, now: float, load: float) -> str | None:
+    """Why no update may begin now, whatever is due; None when one may. `load`: of the machine, per CPU.
+
+    An operator's `eternad update` does not ask.
+    """
+    closed = windows.closed_because(rules.windows, rules.blackouts, now)
+    if closed is None and load > (math.inf if rules.load_max is None else rules.load_max):
+        return f"the machine is busy (load {load:.1f} per CPU, {rules.load_max:g} allowed)"
+    return closed
 
 
 def is_due(
@@ -31,6 +45,8 @@ def explain(waiting: Pending, rules: Schedule, now: float, not_before: float = 0
     """What the next update of a model waits for, for a person."""
     if not waiting.train or waiting.oldest_at is None or waiting.newest_at is None:
         return "nothing waits"
+    if (closed := windows.closed_because(rules.windows, rules.blackouts, now)) is not None:
+        return f"{waiting.train} examples wait; {closed}"
     if now < not_before:
         return f"{waiting.train} examples wait; tries again in {duration(not_before - now)} after a failure"
     left = max(0.0, waiting.oldest_at + rules.max_age_seconds - now)

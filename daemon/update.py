@@ -92,8 +92,11 @@ class Trainer:
         """`request.json` in place: the run keeps the configuration that it began with."""
         write(self.run_directory / "request.json", request)
 
-    def start(self) -> None:
-        """Start the child, unless one is at work on this run already. Its output goes to `train.log`."""
+    def start(self, *inherited: int) -> None:
+        """Start the child, unless one is at work on this run already. Its output goes to `train.log`.
+
+        `inherited`: descriptors of locks that it shall hold as long as it lives.
+        """
         lock = self._lock()
         if lock is None:
             return
@@ -104,7 +107,7 @@ class Trainer:
                     [*COMMAND, str(self.run_directory)],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
                     start_new_session=True,  # its own group: a signal to the daemon's terminal is not one to the child
-                    pass_fds=(lock,),
+                    pass_fds=(lock, *inherited),
                 )  # fmt: skip
         finally:
             os.close(lock)
@@ -112,13 +115,7 @@ class Trainer:
 
     def _lock(self) -> int | None:
         """The descriptor of the run's lock, or None when a child holds it."""
-        descriptor = os.open(self.run_directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        return descriptor
+        return take_lock(self.run_directory / "lock")
 
     @property
     def pid(self) -> int | None:
@@ -175,6 +172,17 @@ class Trainer:
             _signal(pid, signal.SIGKILL)
         if self._process is not None:
             self._process.wait()
+
+
+def take_lock(path: Path) -> int | None:
+    """The descriptor of a lock on a file (made if it is missing), or None when somebody else holds it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def clear(run_directory: Path) -> None:

@@ -4,6 +4,7 @@ import os
 import queue
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +99,30 @@ class Service:
 
     def start_due(self, now: float) -> None:
         """Start the runs that are due, one per model, none while paused or while the disk is nearly full."""
-        fired = self._fired(now)
+        fired, load = self._fired(now), os.getloadavg()[0] / (os.cpu_count() or 1)
         busy = {run.model for run in runs.active(self.house.database)}
         for name, model in self.house.config.models.items():
             if name in busy or self.is_paused(name) or self.disk_is_low():
                 continue
+            if schedule.held_back(model.schedule, now, load) is not None:
+                self._hold(fired, name)
+                continue
             waiting = journal.pending(self.house.database, name)
             not_before = schedule.retry_at(*runs.failures_in_a_row(self.house.database, name))
-            trigger = schedule.is_due(waiting, model.schedule, now, fired=fired.get(name), not_before=not_before)
+            fire = fired.get(name) or self._held(name)
+            trigger = schedule.is_due(waiting, model.schedule, now, fired=fire, not_before=not_before)
             if trigger is not None and self.updates.start(name, trigger) is not None:
+                self._hold({name: ""}, name)
                 self.updates.advance()
+
+    def _hold(self, fired: Mapping[str, str], model: str) -> None:
+        """A fire that comes outside the windows waits for the next one, also through a restart."""
+        if fired.get(model, self._held(model) or "") != (self._held(model) or ""):
+            with transaction(self.house.database) as connection:
+                set_setting(connection, f"held_fire/{model}", fired[model])
+
+    def _held(self, model: str) -> str | None:
+        return setting(self.house.database, f"held_fire/{model}") or None
 
     def _fired(self, now: float) -> dict[str, str]:
         """Which models cron or an interval has fired for; the fire is kept before anything is made of it."""

@@ -5,6 +5,7 @@
 Whatever dies at whatever line: the next call of `advance` does the step again from files plus the state column.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -119,8 +120,23 @@ class Updates:
                     experience_sha256=cut.sha256, cache=self._house.cache,
                 )
             )  # fmt: skip
-        self._trainer(run).start()
+        if not self._start(self._trainer(run)):
+            return None
         return self._move(run, "TRAINING", pid=self._trainer(run).pid)
+
+    def _start(self, trainer: update.Trainer) -> bool:
+        """Whether the child could be started: `gpu_lock_file` may be held by another program, which is waited for."""
+        path = self._house.config.gpu_lock_file
+        if path is None:
+            trainer.start()
+            return True
+        if (lock := update.take_lock(path)) is None:
+            return False
+        try:
+            trainer.start(lock)
+        finally:
+            os.close(lock)  # the child holds it from here on
+        return True
 
     def _watch(self, run: Run) -> Run | None:
         trainer = self._trainer(run)

@@ -19,6 +19,7 @@ from daemon.rollout import Rollout, stages
 from daemon.trust.policy import Source, Trust
 from daemon.tuning_rules import Tuning
 from strategies.catalog import BY_NAME, Count, NotNegative, Positive, Strategy
+from strategies.parallel.choice import Parallel, has_gpu, refusal
 from strategies.request import Lora, Training
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -111,6 +112,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     schedule: Schedule = Schedule()
     gate: Gate = Gate()
     tuning: Tuning = Tuning()
+    parallel: Parallel = Parallel()
     rollout: Rollout = Rollout()
     general_directory: Path | None = None
     """General text (`*.txt`, paragraphs) to rehearse and to measure drift on; without it the base writes its own."""
@@ -245,7 +247,7 @@ def explain(message: str) -> str:
 _TABLES: list[tuple[str, type]] = [
     (r"", Config), (r"watch", Watch), (r"trust", Trust), (r"web", Web), (r"intake", Intake), (r"gateway", Gateway),
     (r"trust\.sources.*", Source), (r"engines.*", Engine), (r".*\.lora", Lora),
-    (r".*\.tuning", Tuning),
+    (r".*\.tuning", Tuning), (r".*\.parallel", Parallel),
     (r"notify", Notify),
     (r".*\.training", Training), (r".*\.buffer", Buffer), (r".*\.schedule", Schedule), (r".*\.gate", Gate),
     (r".*\.rollout", Rollout), (r".*\.strategy.*", msgspec.Struct), (r"models.*", Model),
@@ -320,6 +322,8 @@ def _check(config: Config, path: Path) -> None:
         if twice := {each for each in names if names.count(each) > 1}:
             raise ConfigError(f"{place} strategy `{twice.pop().lower()}` is listed twice")
         _check_rollout(config, model, f"{place}.rollout")
+        if reason := refusal(model.parallel, model.device, has_gpu()):
+            raise ConfigError(f"{place}.parallel: {reason}")
         if (wrong := windows.problem(model.schedule.windows, model.schedule.blackouts)) is not None:
             raise ConfigError(f"{place}.schedule: {wrong}")
         if model.schedule.cron is not None:

@@ -23,6 +23,7 @@ from daemon.notify.settings import EVENTS, Notify
 from daemon.rollout import Rollout
 from daemon.trust.policy import Source, Trust
 from strategies.catalog import BY_NAME
+from strategies.parallel.choice import Parallel
 from strategies.request import Lora, Training
 
 WIDTH = 100
@@ -34,7 +35,7 @@ TABLES: tuple[tuple[str, type], ...] = (
     ("engines.NAME", config.Engine), ("models.NAME", config.Model), ("models.NAME.lora", Lora),
     ("models.NAME.training", Training), ("models.NAME.buffer", Buffer),
     ("models.NAME.schedule", config.Schedule), ("models.NAME.gate", config.Gate),
-    ("models.NAME.tuning", tuning_rules.Tuning),
+    ("models.NAME.tuning", tuning_rules.Tuning), ("models.NAME.parallel", Parallel),
     ("models.NAME.rollout", Rollout),
 )  # fmt: skip
 """The tables of the file in their order; `[[models.NAME.strategy]]` comes after them."""

@@ -19,6 +19,7 @@ import msgspec
 from buffers.experience import Recipe
 from daemon.config import Model
 from strategies.catalog import AGem, Gem, Replay
+from strategies.parallel import launch
 from strategies.request import (
     EXIT_INTERRUPTED,
     Progress,
@@ -26,10 +27,12 @@ from strategies.request import (
     RunRequest,
     read_progress,
     read_report,
+    read_request,
     write,
 )
 
-COMMAND = [sys.executable, "-m", "strategies.train"]
+COMMAND = [sys.executable, "-m", launch.ALONE]
+"""Of one process; see `strategies.parallel.launch` for several."""
 MEDIAN_STEPS_BEFORE_HANG = 10
 
 
@@ -73,7 +76,7 @@ def request_of(
         run_id=run_id, model=name, update_number=update_number, base_path=model.base_path, parent_version=parent,
         experience_sha256=experience_sha256, lora=model.lora, training=model.training, strategies=model.strategy,
         general_cache=cache, canary_prompts=model.canary_prompts, seed=model.seed, threads=model.threads,
-        device=model.device, report_losses=model.buffer.policy == "surprise",
+        device=model.device, parallel=model.parallel, report_losses=model.buffer.policy == "surprise",
     )  # fmt: skip
 
 
@@ -104,7 +107,7 @@ class Trainer:
         try:
             with (self.run_directory / "train.log").open("ab") as log:
                 self._process = subprocess.Popen(
-                    [*COMMAND, str(self.run_directory)],
+                    command_of(self.run_directory),
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
                     start_new_session=True,  # its own group: a signal to the daemon's terminal is not one to the child
                     pass_fds=(lock, *inherited),
@@ -140,7 +143,9 @@ class Trainer:
         if report is not None:
             return Finished(outcome="failed", code=report.code, reason=report.reason, report=report)
         # before its handler is in place, SIGTERM simply ends it: there was nothing to checkpoint yet
-        if status == EXIT_INTERRUPTED or (self._asked_to_stop and status == -signal.SIGTERM):
+        # a launcher of several processes has exit codes of its own
+        is_launcher = status not in (0, None) and command_of(self.run_directory)[:-1] != COMMAND
+        if status == EXIT_INTERRUPTED or (self._asked_to_stop and (status == -signal.SIGTERM or is_launcher)):
             return Finished(outcome="interrupted")
         how = "was gone when the daemon came back" if status is None else _describe(status)
         return Finished(outcome="died", code="died", reason=f"the trainer {how}; {tail(self.run_directory)}")
@@ -193,15 +198,27 @@ def clear(run_directory: Path) -> None:
         shutil.rmtree(run_directory / name, ignore_errors=True)
 
 
+def command_of(run_directory: Path) -> list[str]:
+    """What to start for this run: `COMMAND`, or the launcher of its executor."""
+    try:
+        parallel = read_request(run_directory).parallel
+    except (FileNotFoundError, msgspec.MsgspecError):  # the child says what is wrong with it
+        return [*COMMAND, str(run_directory)]
+    if parallel.executor == "process":
+        return [*COMMAND, str(run_directory)]
+    return launch.command(parallel, run_directory)
+
+
 def find_trainer(run_directory: Path) -> int | None:
     """The pid of a trainer that works on this run, by its command line: one that an earlier daemon has started."""
-    wanted = [os.fsencode(COMMAND[-1]), os.fsencode(run_directory)]
+    modules = {os.fsencode(name) for name in (COMMAND[-1], *launch.MODULES)}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
             command = (entry / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
-            if command[-2:] == wanted and "\nState:\tZ" not in (entry / "status").read_text():
+            is_ours = command[-2:-1] and command[-2] in modules and command[-1] == os.fsencode(run_directory)
+            if is_ours and "\nState:\tZ" not in (entry / "status").read_text():
                 return int(entry.name)
         except OSError:
             continue  # it ended while we looked

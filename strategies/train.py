@@ -231,12 +231,20 @@ def main(run_directory: Path) -> int:
         except ProcessLost as lost:  # no fault of the run: it may go on from its checkpoint
             print(f"eternad: another process of this run is gone or does not answer: {lost}", file=sys.stderr)
             return EXIT_FAILED
-        # of several processes the first one reports success; the first to fail says why, the others only miss it
-        if pulse.writes if report.status == "trained" else read_report(run_directory) is None:
-            write(run_directory / "report.json", report)
+    conclude(run_directory, pulse, report)
+    return EXIT_TRAINED if report.status == "trained" else EXIT_FAILED
+
+
+def conclude(run_directory: Path, pulse: Pulse, report: RunReport) -> None:
+    """The report, if it is this process's to write, and the checkpoint is of no more use.
+
+    Of several processes the first one reports success; the first to fail says why, the others only miss it.
+    """
+    known = read_report(run_directory)
+    if known is None and (pulse.writes or report.status == "failed"):
+        write(run_directory / "report.json", report)
     if pulse.writes or report.status == "failed":
         checkpoint.remove_checkpoint(run_directory)
-    return EXIT_TRAINED if report.status == "trained" else EXIT_FAILED
 
 
 if __name__ == "__main__":

@@ -19,11 +19,16 @@ class FakeVllm(FakeEngine):
         """Of its OpenAI server."""
         return [
             Route("/health", self.health),
+            Route("/metrics", self.metrics),
             Route("/v1/models", self.models),
             Route("/v1/load_lora_adapter", self.load, methods=["POST"]),
             Route("/v1/unload_lora_adapter", self.unload, methods=["POST"]),
             Route("/v1/completions", self.completions, methods=["POST"]),
         ]
+
+    async def metrics(self, _: Request) -> Response:
+        """When the process started, among others."""
+        return PlainTextResponse(f"# TYPE x gauge\nprocess_start_time_seconds 1.7953896{self.epoch}e+09\n")
 
     async def health(self, _: Request) -> Response:
         """200 without a body."""
@@ -34,6 +39,20 @@ class FakeVllm(FakeEngine):
         rows: list[dict[str, Any]] = [{"id": self.base, "root": "/models/base", "parent": None}]
         rows += [{"id": name, "root": row["root"], "parent": self.base} for name, row in self.adapters.items()]
         return JSONResponse({"object": "list", "data": rows})
+
+    async def completions(self, request: Request) -> Response:
+        """One token, forced perhaps, scored as if it were not; scoring a prompt ends the process, as it may."""
+        body = await request.json()
+        version = body["model"]
+        if version != self.base and version not in self.adapters:
+            return error(404, f"The model `{version}` does not exist.")
+        if body.get("echo"):
+            self.restart()
+            return error(500, "EngineCore encountered an issue.")
+        weights = "base" if version == self.base or self.lies else self.confuses or self.adapters[version]["root"]
+        scores = [logprob(weights, [*body["prompt"], *body.get("allowed_token_ids", [0])])]
+        choice = {"index": 0, "text": "", "logprobs": {"token_logprobs": scores}, "finish_reason": "length"}
+        return JSONResponse({"model": version, "choices": [choice]})
 
     async def load(self, request: Request) -> Response:
         """Text, not JSON; 500 for a torn file."""

@@ -16,7 +16,7 @@ from serving_kit import make_adapter, served
 
 from daemon.config import ConfigError
 from daemon.config import Engine as Settings
-from daemon.engines.activate import Desired, activate, reconcile
+from daemon.engines.activate import activate
 from daemon.engines.build import build
 from daemon.engines.contract import Engine, EngineRefused, EngineUnavailable, ProbeFailed, Version
 from daemon.engines.gguf_adapter import BaseShape, convert
@@ -185,6 +185,18 @@ def test_a_replica_that_lacks_a_version_gets_it(
     assert len(reconcile(engine, [wish]).activations) == 1
     assert [row.state for row in engine.loaded()] == ["loaded"]
     assert fakes[0].seen.count("POST /v1/load_lora_adapter") == 1
+
+
+def test_a_restart_of_one_replica_is_another_epoch(replicas: tuple[Engine, list[FakeVllm]]) -> None:
+    """vLLM says when its process started; where metrics are off it is what is missing in the list that counts."""
+    engine, fakes = replicas
+    before = engine.health().epoch
+    assert engine.health().epoch == before != ""
+    fakes[1].restart()
+    assert engine.health().epoch not in (before, "")
+    for fake in fakes:
+        fake.failures = {"/metrics": [404]}
+    assert engine.health().ok
 
 
 def test_what_one_replica_refuses_no_replica_keeps(

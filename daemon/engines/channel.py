@@ -9,6 +9,9 @@ import httpx
 from daemon.engines.contract import EngineRefused, EngineUnavailable
 
 BUSY = {408, 425, 429}
+ONE_REQUEST_EACH = httpx.Limits(max_keepalive_connections=0)
+"""A connection that is kept may be closed by the engine just as we send on it (llama-server did on a busy machine), and
+the request would look failed although nobody has read it."""
 
 
 class Channel:
@@ -19,7 +22,7 @@ class Channel:
         self.url = url
         self._http = httpx.Client(
             base_url="http://engine" if path else url,
-            transport=httpx.HTTPTransport(uds=path),
+            transport=httpx.HTTPTransport(uds=path, limits=ONE_REQUEST_EACH),
             headers={"Authorization": f"Bearer {token}"} if token else {},
             timeout=httpx.Timeout(timeout_seconds, connect=min(2.0, timeout_seconds)),
         )

@@ -1,5 +1,12 @@
-"""vLLM, one process or several replicas: each loads for itself, so every call fans out to all of them."""
+"""vLLM, one process or several replicas: each loads for itself, so every call fans out to all of them.
 
+The probe never asks for the log-probabilities of a prompt (`echo`): with adapters and other requests in the same batch
+that ends vLLM's engine process and every stream with it (seen with 0.32 on CPU; on a GPU the numbers may be wrong). It
+has vLLM generate the canaries' tokens, one request each, and reads what they got before the restriction.
+"""
+
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +25,9 @@ from daemon.engines.contract import (
 )
 from daemon.engines.proof import TOLERANCE_NATS, distance
 from daemon.engines.routes import RouteTable
-from daemon.engines.scoring import score_request, scored
 from strategies.request import Canary
+
+_STARTED = re.compile(r"^process_start_time_seconds (\S+)", re.MULTILINE)
 
 
 class Vllm:
@@ -95,13 +103,14 @@ class Vllm:
             self._unload_one(replica, name)
 
     def health(self) -> Health:
-        """All replicas or none. vLLM has no epoch: what a restart has forgotten is missing in the listing."""
+        """All replicas or none; the epoch is when their processes started."""
         try:
             for replica in self._replicas:
                 checked(replica.send("GET", "/health"))
+            epoch = " ".join(self._started(replica) for replica in self._replicas)
         except (EngineUnavailable, EngineRefused) as error:
             return Health(ok=False, reason=str(error))
-        return Health(ok=True)
+        return Health(ok=True, epoch=epoch)
 
     def close(self) -> None:
         """Give the connections back."""
@@ -127,9 +136,19 @@ class Vllm:
             checked(response)
 
     def _probe_one(self, replica: Channel, name: str, canaries: list[Canary]) -> Fingerprint:
-        answers = [replica.call("POST", "/v1/completions", score_request(name, canary)) for canary in canaries]
-        scores = [scored(answer, canary) for answer, canary in zip(answers, canaries, strict=True)]
-        return Fingerprint(served_by=answers[0]["model"], logprobs=scores)
+        answers = [
+            [replica.call("POST", "/v1/completions", asked) for asked in _token_requests(name, canary)]
+            for canary in canaries
+        ]
+        named = {answer["model"] for row in answers for answer in row}
+        if len(named) != 1:
+            raise EngineUnavailable(f"{replica.url}: {name} is answered by {sorted(named)}")
+        return Fingerprint(served_by=named.pop(), logprobs=[[_logprob(each) for each in row] for row in answers])
+
+    def _started(self, replica: Channel) -> str:
+        """Of its metrics; empty where they are switched off: then a restart is seen by what is missing in the list."""
+        found = _STARTED.search(replica.send("GET", "/metrics").text)
+        return found[1] if found else ""
 
     def _adapters(self, replica: Channel) -> dict[str, str]:
         return {row["id"]: row["root"] for row in self._models(replica) if row.get("parent")}
@@ -137,3 +156,19 @@ class Vllm:
     def _models(self, replica: Channel) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = replica.call("GET", "/v1/models")["data"]
         return rows
+
+
+def _token_requests(name: str, canary: Canary) -> Iterator[dict[str, Any]]:
+    """One for each token of a canary: what comes before it, and that it is the only one allowed."""
+    known = list(canary.prompt_token_ids)
+    for token in canary.token_ids:
+        yield {"model": name, "prompt": list(known), "max_tokens": 1, "temperature": 0, "logprobs": 0,
+               "allowed_token_ids": [token], "ignore_eos": True}  # fmt: skip
+        known.append(token)
+
+
+def _logprob(answer: dict[str, Any]) -> float:
+    try:
+        return float(answer["choices"][0]["logprobs"]["token_logprobs"][0])
+    except (KeyError, IndexError, TypeError) as error:
+        raise EngineRefused(f"vLLM's answer has no log-probabilities ({error!r})") from None

@@ -50,8 +50,8 @@ soak: install ## two hours of feedback and updates: memory, descriptors, missed 
 	$(BIN)/python -m bench.soak
 
 bench-twelve: install ## twelve small updates in a row: what is kept, and whether time, memory or disk grow
-	$(BIN)/python -m bench.forgetting --title twelve --lore 12,10 --strategies replay+distill --learning-rate 1e-3 \
-	  --presentations 320 --heldout 0.1 --buffer 160 --test-rows 15
+	$(BIN)/python -m bench.forgetting --title twelve --lore 12,10 --strategies default --learning-rate 1e-3 \
+	  --presentations 320 --heldout 0.1 --test-rows 15
 
 wheel-check: .venv/installed ## build the wheel, install it elsewhere and run it from /
 	rm -rf build dist && $(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .

@@ -43,6 +43,7 @@ RECIPES: dict[str, list[Strategy]] = {
     "gem": [Gem()],
     "distill": [GENERAL, Distill(on="general")],
     "replay+distill": [Replay(ratio=0.2, general_ratio=0.1), Distill(on="general")],
+    "default": [Replay(ratio=0.4, general_ratio=0.1), Distill(on="general")],
     "replay+distill+ewc": [Replay(ratio=0.2, general_ratio=0.1), Distill(on="general"), Ewc()],
     JOINT: [],
 }

@@ -49,6 +49,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     """How much of each role an experience takes."""
 
     replay_ratio: float = 0.0
+    whole_buffer: bool = False
+    """All of the buffer instead of a share: what a fresh adapter has to learn in a rebase."""
     buffer: Buffer = Buffer()
     """Who is rehearsed; what is not in the buffer has been forgotten."""
     memory_updates: int = 0
@@ -70,13 +72,14 @@ def cut(connection: sqlite3.Connection, model: str, run_id: str, update: int, re
     claimed = "run_id = ? AND split = 'train' AND state = 'claimed' ORDER BY id"
     new = _rows(connection, "new", update, claimed, (run_id,))
     ratio = recipe.replay_ratio
-    wanted = round(len(new) * ratio / (1 - ratio))
     memory = members(connection, model, recipe.buffer, run_id)
+    wanted = len(memory) if recipe.whole_buffer else round(len(new) * ratio / (1 - ratio))
     replayed = sorted(draw.sample(memory, min(wanted, len(memory))))
     rows = [*new, *_by_ids(connection, "replay", replayed)]
     rows += _memory(connection, model, recipe, memory)
     rows += _heldout(connection, model, run_id, update, recipe)
-    rows += list(_general(recipe, general_wanted(len(new), recipe.general_ratio), draw))
+    taught = len(new) + len(replayed) * recipe.whole_buffer
+    rows += list(_general(recipe, general_wanted(taught, recipe.general_ratio), draw))
     digest = _write(path, rows)
     counted: dict[str, int] = {}
     for row in rows:

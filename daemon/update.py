@@ -45,13 +45,20 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True):
     report: RunReport | None = None
 
 
-def recipe_of(model: Model) -> Recipe:
+def is_rebase(model: Model, update_number: int) -> bool:
+    """Whether this update is one that begins with a fresh adapter; the first one does so anyway."""
+    every = model.training.rebase_every_updates
+    return every > 0 and update_number > 1 and update_number % every == 0
+
+
+def recipe_of(model: Model, *, rebase: bool = False) -> Recipe:
     """What an experience must contain for the strategies of a model."""
     chosen = {type(strategy): strategy for strategy in model.strategy}
     replay, gem, agem = chosen.get(Replay), chosen.get(Gem), chosen.get(AGem)
     memory_updates = gem.constraints if isinstance(gem, Gem) else 8 if agem is not None else 0
     return Recipe(
         replay_ratio=replay.ratio if isinstance(replay, Replay) else 0.0,
+        whole_buffer=rebase,
         general_ratio=replay.general_ratio if isinstance(replay, Replay) else 0.0,
         general_directory=model.general_directory,
         buffer=model.buffer,
@@ -70,11 +77,13 @@ def request_of(
     parent: Path | None,
     experience_sha256: str,
     cache: Path,
+    rebase: bool = False,
 ) -> RunRequest:
     """The request of a run, out of the configuration as it stands when the run begins."""
     return RunRequest(
         run_id=run_id, model=name, update_number=update_number, base_path=model.base_path, parent_version=parent,
-        experience_sha256=experience_sha256, lora=model.lora, training=model.training, strategies=model.strategy,
+        rebase=rebase and parent is not None, experience_sha256=experience_sha256, lora=model.lora,
+        training=model.training, strategies=model.strategy,
         general_cache=cache, canary_prompts=model.canary_prompts, seed=model.seed, threads=model.threads,
         device=model.device, parallel=model.parallel, report_losses=model.buffer.policy == "surprise",
     )  # fmt: skip

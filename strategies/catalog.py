@@ -125,6 +125,13 @@ class MemoryAwareSynapses(msgspec.Struct, frozen=True, tag_field="name", tag="ma
     """Examples whose outputs are differentiated."""
 
 
+class SlowAverage(msgspec.Struct, frozen=True, tag_field="name", tag="ema", forbid_unknown_fields=True):
+    """A slow moving average of all versions (CLS-ER's stable model, Arani et al., arXiv:2201.12604) to fall back on."""
+
+    decay: Share = 0.9
+    """d of average <- d average + (1 - d) weights; the plain mean as long as there are few versions."""
+
+
 class Augment(msgspec.Struct, frozen=True, tag_field="name", tag="augment", forbid_unknown_fields=True):
     """Noise on the embeddings while training (NEFTune, Jain et al., arXiv:2310.05914), against memorised wording."""
 
@@ -158,6 +165,7 @@ Strategy = (
     | DerPlusPlus
     | SynapticIntelligence
     | MemoryAwareSynapses
+    | SlowAverage
     | Augment
     | Freeze
     | OLora
@@ -172,6 +180,7 @@ BY_NAME: dict[str, type[Strategy]] = {
     "derpp": DerPlusPlus,
     "si": SynapticIntelligence,
     "mas": MemoryAwareSynapses,
+    "ema": SlowAverage,
     "augment": Augment,
     "freeze": Freeze,
     "olora": OLora,

@@ -15,6 +15,7 @@ from strategies.adapter import Adapter
 from strategies.consolidate import search
 from strategies.dataset import Item
 from strategies.early_stop import EarlyStop
+from strategies.ema import SlowAverage
 from strategies.evaluate import Probes, has_token_loss
 from strategies.preference import preference_losses
 from strategies.pulse import Interrupted, Pulse
@@ -36,6 +37,8 @@ class Course:
     items: Mapping[Role, Sequence[Item]]
     probes: Probes
     pulse: Pulse
+    previous: torch.Tensor | None = None
+    """(parameters,) the weights of the version before, where training begins with others (a rebase)."""
 
     def __post_init__(self) -> None:
         training = self.request.training
@@ -52,29 +55,35 @@ class Course:
 
     def run(self) -> Template:
         """Train, from the run's checkpoint if there is one; the adapter then holds the best weights."""
-        if self.request.parent_version is not None:
-            checkpoint.load_states(self.request.parent_version / "strategy", self.learners)
+        if self.continued is not None:
+            checkpoint.load_states(self.continued / "strategy", self.learners)
         torch.manual_seed(self.request.seed + self.adapter.backend.rank)  # dropout: another one in each process
         rows = [item for role in TRAINED_ROLES for item in self.items.get(role, ())]
         template = Template(
             adapter=self.adapter,
             training=self.request.training,
-            items=self.items,
+            items=as_new(self.items) if self.request.rebase else self.items,
             learners=self.learners,
             preference_losses=preference_losses(rows, self.request.training.preference_beta),
             update=self.request.update_number,
             seed=self.request.seed,
+            previous=self.previous,
             events=Events(self._after_start, self._after_step, self._after_epoch, self._before_consolidation),
         )
         own = trainable(rows, template.preference_losses)
         template.train(UpdateExperience(own, self.request.update_number), eval_streams=[])
         return template
 
+    @property
+    def continued(self) -> Path | None:
+        """The version whose adapter, methods and optimiser this run goes on with; none in a rebase."""
+        return None if self.request.rebase else self.request.parent_version
+
     def _after_start(self, loop: Template) -> None:
-        parent = self.request.parent_version
-        if self.request.training.keep_optimizer and parent is not None:
-            resume.restore_optimizer(loop, checkpoint.load_optimizer(parent / "strategy"))
-        self.early.begin(self.adapter)
+        if self.request.training.keep_optimizer and self.continued is not None:
+            resume.restore_optimizer(loop, checkpoint.load_optimizer(self.continued / "strategy"))
+        with self.adapter.holding(loop.previous):
+            self.early.begin(self.adapter)
         found = checkpoint.read_checkpoint(self.run_directory, self.request.experience_sha256)
         if found is not None:
             resume.restore(loop, self.early, *found)
@@ -103,21 +112,33 @@ class Course:
     def _before_consolidation(self, loop: Template) -> None:
         self.early.restore(self.adapter)
         self.pulse.enter("fisher")
-        if self.request.training.merge_search and self.early.old:
-            self._merge(loop)
+        if self.request.rebase:  # a fresh adapter and its predecessor have nothing in common that could be mixed
+            loop.report("rebase", "examples", sum(len(self.items.get(role, ())) for role in ("new", "replay")))
+        elif self.early.old:
+            self._consolidate(loop)
 
-    def _merge(self, loop: Template) -> None:
-        """Go back towards the weights before the update as far as the old hold-outs ask for."""
+    def _consolidate(self, loop: Template) -> None:
+        """Go back towards the weights before the update, or to the slow average, as the old hold-outs ask for."""
+        average = next((each for each in self.learners if isinstance(each, SlowAverage)), None)
+        rise, limit = 0.0, self.request.training.merge_old_loss
+        if self.request.training.merge_search:
+            weight, merged, rise = search(loop.start, self.adapter.flat.clone(), self._rise_of, limit)
+            self.adapter.assign(merged)
+            loop.report("merge", "weight", weight)
+            loop.report("merge", "old_loss_rise", rise)
+        elif average is not None:
+            rise = self.early.rise(self.adapter)
+        if average is not None and rise > limit:
+            average.offer(loop, rise, self._rise_of)
 
-        def rise_of(flat: torch.Tensor) -> float:
-            with self.adapter.holding(flat):
-                return self.early.rise(self.adapter)
+    def _rise_of(self, flat: torch.Tensor) -> float:
+        with self.adapter.holding(flat):
+            return self.early.rise(self.adapter)
 
-        limit = self.request.training.merge_old_loss
-        weight, merged, rise = search(loop.start, self.adapter.flat.clone(), rise_of, limit)
-        self.adapter.assign(merged)
-        loop.report("merge", "weight", weight)
-        loop.report("merge", "old_loss_rise", rise)
+
+def as_new(items: Mapping[Role, Sequence[Item]]) -> dict[Role, Sequence[Item]]:
+    """To a fresh adapter everything is new: EWC takes importances from all of it, DER++ stores answers to all of it."""
+    return {**items, "new": [*items.get("new", ()), *items.get("replay", ())], "replay": []}
 
 
 def train(
@@ -127,16 +148,20 @@ def train(
     items: Mapping[Role, Sequence[Item]],
     probes: Probes,
     pulse: Pulse,
+    fresh: torch.Tensor | None = None,
 ) -> Template:
     """Train with as many tokens per forward pass as the memory allows: halved up to three times.
 
+    `fresh` (parameters,): weights to begin with in place of the adapter's own, which are the version before (a rebase).
     Not on several processes: one that lacks memory cannot begin anew while the others wait for its part.
     """
-    start, training = adapter.flat.clone(), request.training
+    before, training = adapter.flat.clone(), request.training
+    start, previous = (before, None) if fresh is None else (fresh, before)
+    adapter.assign(start)
     for _ in range(OUT_OF_MEMORY_RETRIES):
         attempt = msgspec.structs.replace(request, training=training)
         try:
-            return Course(run_directory, attempt, adapter, items, probes, pulse).run()
+            return Course(run_directory, attempt, adapter, items, probes, pulse, previous).run()
         except (RuntimeError, MemoryError) as error:
             if not resume.is_out_of_memory(error) or adapter.backend.size > 1:
                 raise
@@ -145,4 +170,4 @@ def train(
         checkpoint.remove_checkpoint(run_directory)  # it was cut differently: not bit for bit the same
         gc.collect()
     attempt = msgspec.structs.replace(request, training=training)
-    return Course(run_directory, attempt, adapter, items, probes, pulse).run()
+    return Course(run_directory, attempt, adapter, items, probes, pulse, previous).run()

@@ -59,7 +59,8 @@ def add_general(
         return
     ratio = next((each.general_ratio for each in request.strategies if isinstance(each, Replay)), 0.0)
     draw = random.Random(f"{request.seed}/{request.model}/{request.update_number}")
-    wanted, first = general_wanted(len(items["new"]), ratio), sum(map(len, items.values()))
+    taught = len(items["new"]) + len(items["replay"]) * request.rebase
+    wanted, first = general_wanted(taught, ratio), sum(map(len, items.values()))
     found = general_rows(kept_or_written(request, adapter, on_progress), wanted, Recipe().probe_texts, draw)
     for index, row in enumerate(found, start=first):
         item = tokenise(row, index, adapter.tokenizer, request.training.sequence_tokens)

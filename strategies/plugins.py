@@ -8,6 +8,7 @@ from strategies.agem import AveragedGem
 from strategies.augment import EmbeddingNoise
 from strategies.derpp import DarkReplay
 from strategies.distill import Distillation
+from strategies.ema import SlowAverage
 from strategies.ewc import ElasticWeightConsolidation
 from strategies.failure import Failure
 from strategies.freeze import Freezing
@@ -34,6 +35,7 @@ IN_ORDER: dict[type, Callable[[Any], Learner]] = {
     # and what must not move at all comes after everything that pushes
     catalog.OLora: OrthogonalSlices,
     catalog.Freeze: Freezing,
+    catalog.SlowAverage: SlowAverage,
 }
 
 

@@ -51,6 +51,8 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Mix what was trained with the weights before it: 1, 3/4, 1/2 or 1/4 new, the most that forgets little enough."""
     merge_old_loss: NotNegative = 0.05
     """`merge_search`: the loss on the old hold-outs may rise by so much; where it always does, it is to rise least."""
+    rebase_every_updates: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Every so many updates a fresh adapter learns the whole replay buffer beside what is new (0: never)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     preference_beta: Positive = 0.1
     """beta of DPO and KTO for comparisons and ratings: the larger, the nearer the model stays to the version before."""
@@ -67,6 +69,8 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     base_path: Path
     parent_version: Path | None = None
     """Directory of the version to continue from (its adapter and its `strategy/`); None: a fresh adapter."""
+    rebase: bool = False
+    """Train a fresh adapter on an experience that has the whole buffer; the parent is only compared with."""
     experience_sha256: str
     lora: Lora
     training: Training

@@ -97,6 +97,7 @@ class Template(SupervisedTemplate[Any, Any, Any]):
         preference_losses: Mapping[Shape, PreferenceLoss] | None = None,
         update: int = 1,
         seed: int = 0,
+        previous: Tensor | None = None,
         events: Events | None = None,
     ) -> None:
         super().__init__(
@@ -115,7 +116,10 @@ class Template(SupervisedTemplate[Any, Any, Any]):
         self.generator = torch.Generator().manual_seed(seed)
         self.micro_batch_tokens = training.micro_batch_tokens
         self.start = adapter.flat.clone()
-        """The weights that the run started from: the teacher `previous`, the reference of preferences."""
+        """(parameters,) the weights that training begins with."""
+        self.previous = self.start if previous is None else previous
+        """(parameters,) those of the version before: the teacher `previous`, the reference of preferences. Not the
+        same in a rebase, where a fresh adapter learns."""
         self.position = Position()
         self.epoch = 0
         self.steps = 0
@@ -161,7 +165,7 @@ class Template(SupervisedTemplate[Any, Any, Any]):
         """The teacher's `top` most likely tokens at every label row of every item."""
         weights: dict[Teacher, Callable[[], AbstractContextManager[None]]] = {
             "base": self.adapter.disabled,
-            "previous": lambda: self.adapter.holding(self.start),
+            "previous": lambda: self.adapter.holding(self.previous),
             "current": nullcontext,
         }
         with self.adapter.without_dropout(), weights[teacher]():
@@ -188,7 +192,8 @@ class Template(SupervisedTemplate[Any, Any, Any]):
         if not any(item.label_tokens for item in own):
             raise Failure("nothing_to_learn", "no example has a token to learn after cutting at sequence_tokens")
         self.steps = self.train_epochs * math.ceil(len(own) / self.train_mb_size)
-        self._reference = completion_logprobs(self.adapter, [item for item in own if item.is_preference])
+        with self.adapter.holding(self.previous):
+            self._reference = completion_logprobs(self.adapter, [item for item in own if item.is_preference])
 
     def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
         self.events.after_start(self)

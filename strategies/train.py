@@ -22,6 +22,7 @@ from pathlib import Path
 import msgspec
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from buffers import experience
 from buffers.experience import Role
@@ -60,7 +61,7 @@ def update(run_directory: Path, request: RunRequest, pulse: Pulse, backend: Back
     """One update from request to report, in the order in which it happens. Raises `Failure`, `Interrupted`."""
     pulse.enter("load")
     torch.set_num_threads(request.threads)
-    adapter = load(request)
+    adapter, fresh = load(request)
     adapter.work_with(backend)
     items = read_items(run_directory, request, adapter)
     add_general(items, request, adapter, on_progress=lambda: pulse.enter("load"))
@@ -73,7 +74,7 @@ def update(run_directory: Path, request: RunRequest, pulse: Pulse, backend: Back
     before = base if request.parent_version is None else standing(adapter, probes)
 
     pulse.enter("train")
-    template = train(run_directory, request, adapter, items, probes, pulse)
+    template = train(run_directory, request, adapter, items, probes, pulse, fresh if request.rebase else None)
 
     pulse.enter("evaluate")
     judged = evaluation(adapter, probes, base, before, request.seed)
@@ -109,14 +110,15 @@ def update(run_directory: Path, request: RunRequest, pulse: Pulse, backend: Back
     )
 
 
-def load(request: RunRequest) -> Adapter:
-    """The base model with the parent's adapter, or a fresh one."""
+def load(request: RunRequest) -> tuple[Adapter, Tensor]:
+    """The base model with the parent's adapter, or a fresh one; (parameters,) the weights of a fresh one."""
     adapter = load_adapter(
         request.base_path, request.lora, precision=request.training.precision, device=request.device, seed=request.seed
     )
+    fresh = adapter.flat.clone()
     if request.parent_version is not None:
         adapter.load(request.parent_version)
-    return adapter
+    return adapter, fresh
 
 
 def read_items(run_directory: Path, request: RunRequest, adapter: Adapter) -> dict[Role, list[Item]]:

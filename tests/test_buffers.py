@@ -180,6 +180,20 @@ def test_before_a_trainer_has_counted_tokens_are_guessed_from_bytes(database: sq
     assert len(members(database, "npc", buffer("reservoir", tokens=3 * (int(str(size)) // 4 + 1) + 3))) == 3
 
 
+def test_a_rebase_takes_the_whole_buffer(database: sqlite3.Connection, tmp_path: Path) -> None:
+    """Whatever share an ordinary experience replays; nothing is short."""
+    learn(database, 1, range(60))
+    with transaction(database) as connection:
+        items = [(Example(shape="text", completion=f"new {row}"), Origin(file="c")) for row in range(5)]
+        journal.add(connection, "npc", items, heldout_fraction=0.0)
+        journal.claim(connection, "npc", "run", 100)
+    recipe = Recipe(replay_ratio=0.2, whole_buffer=True, buffer=buffer("reservoir"))
+    cut = experience.cut(database, "npc", "run", 2, recipe, tmp_path / "1")
+    assert (cut.rows, cut.replay_wanted) == ({"new": 5, "replay": 20}, 20)
+    replayed = [row.id for row in experience.read(tmp_path / "1") if row.role == "replay"]
+    assert replayed == sorted(members(database, "npc", recipe.buffer))
+
+
 @every_policy
 def test_what_people_are_shown_is_what_is_rehearsed(database: sqlite3.Connection, policy: str) -> None:
     """`eternad buffer show` and `export` ask the same policy."""

@@ -1,11 +1,13 @@
 """Merging of adapters: the line between two versions, the search along it, and the slow average."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from test_train import FACTS, demonstration, make_run, publish
 
+from strategies.catalog import Strategy
 from strategies.consolidate import merge, search, slow
 from strategies.pulse import Pulse
 from strategies.request import RunReport
@@ -66,13 +68,15 @@ def parent(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return publish(directory, directory / "version")
 
 
-def second(parent: Path, base: Path, directory: Path, **training: object) -> RunReport:
+def second(
+    parent: Path, base: Path, directory: Path, strategies: Sequence[Strategy] = (), **training: object
+) -> RunReport:
     """A hot second update that contradicts what the first one taught."""
     rows = [demonstration(question, "Nobody can say.", update=2) for question, _ in FACTS[:16]]
     rows += [demonstration(*fact, role="heldout_old") for fact in FACTS[16:]]
     make_run(
         directory, base, rows, training={"epochs": 12, **training}, update_number=2, parent_version=parent,
-        canary_prompts=[], report_losses=True,
+        strategies=list(strategies), canary_prompts=[], report_losses=True,
     )  # fmt: skip
     report = attempt(directory, Pulse(directory))
     assert report.status == "trained", report.reason

@@ -21,7 +21,7 @@ from daemon.control import Action, Command, Order, Reply
 from daemon.service import Service, serving
 from daemon.state import runs
 from daemon.state.database import transaction
-from strategies.request import read_request
+from strategies.request import Training, read_request
 
 Make = Callable[..., Service]
 
@@ -88,6 +88,21 @@ def test_what_was_hard_is_remembered_when_its_version_goes_live(make: Make, lab:
     assert read_request(service.updates.directory(run)).report_losses
     assert members(service.house.database, "npc", Buffer(policy="surprise", uniform_share=0.0))[:2] == [2, 3]
     assert service.house.database.execute("SELECT tokens FROM example WHERE id = 2").fetchone() == (9,)
+
+
+def test_a_refused_rebase_is_not_tried_again(make: Make, lab: Path) -> None:
+    """Every second update begins with a fresh adapter; when the gate refuses it, the same examples go the usual way."""
+    service = make(training=Training(rebase_every_updates=2))
+    learn(service, range(8))
+    (lab / "orders").write_text("bad")
+    drop(service, range(8, 16))
+    turn_until(service, lambda: state_of(service) == "REJECTED")
+    (lab / "orders").unlink()
+    service.updates.start("npc", "manual")
+    turn_until(service, lambda: state_of(service) == "LIVE")
+    latest = runs.recent(service.house.database, "npc", 5)[::-1]
+    requests = [read_request(service.updates.directory(run)) for run in latest]
+    assert [(request.update_number, request.rebase) for request in requests] == [(1, False), (2, True), (2, False)]
 
 
 def test_a_drop_becomes_the_live_version(make: Make, engine: MemoryEngine) -> None:

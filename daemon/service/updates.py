@@ -107,8 +107,9 @@ class Updates:
         directory, model = self.directory(run), self._house.model(run.model)
         directory.mkdir(exist_ok=True)
         if not (directory / "request.json").exists():
+            rebase = self._is_rebase(run)
             cut = experience.cut(
-                self._house.database, run.model, run.id, run.update_number, update.recipe_of(model),
+                self._house.database, run.model, run.id, run.update_number, update.recipe_of(model, rebase=rebase),
                 directory / "experience.jsonl",
             )  # fmt: skip
             with transaction(self._house.database) as connection:
@@ -117,7 +118,7 @@ class Updates:
                 update.request_of(
                     model, run_id=run.id, name=run.model, update_number=run.update_number,
                     parent=self._version_directory(run.model, run.parent_version),
-                    experience_sha256=cut.sha256, cache=self._house.cache,
+                    experience_sha256=cut.sha256, cache=self._house.cache, rebase=rebase,
                 )
             )  # fmt: skip
         if not self._start(self._trainer(run)):
@@ -137,6 +138,14 @@ class Updates:
         finally:
             os.close(lock)  # the child holds it from here on
         return True
+
+    def _is_rebase(self, run: Run) -> bool:
+        """A rebase that the gate has refused is not tried again: its examples are learned in an ordinary update."""
+        refused = any(
+            other.state == "REJECTED" and other.update_number == run.update_number
+            for other in runs.recent(self._house.database, run.model)
+        )
+        return update.is_rebase(self._house.model(run.model), run.update_number) and not refused
 
     def _watch(self, run: Run) -> Run | None:
         trainer = self._trainer(run)

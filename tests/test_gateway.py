@@ -352,3 +352,15 @@ def test_concurrent_clients_of_one_connection_pool(gateway: Gateway, chatter: Ch
             return [answer.headers["x-request-id"] for answer in done]
 
     assert asyncio.run(all_at_once()) == [f"id-{number}" for number in range(64)]
+
+
+def test_a_head_without_end_is_refused(gateway: Gateway) -> None:
+    """Not collected for ever: the connection is closed after 64 KiB."""
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n")
+        with contextlib.suppress(ConnectionError):
+            for number in range(200):
+                client.sendall(b"X-%d: " % number + b"x" * 1000 + b"\r\n")
+        with contextlib.suppress(ConnectionError):
+            assert client.recv(100).startswith(b"HTTP/1.1 400") and b"" in iter(lambda: client.recv(65536), None)
+    assert httpx.get(gateway.url + "/health").status_code == 200

@@ -1,20 +1,44 @@
 """uvicorn's HTTP protocol with fewer system calls: what is written in one turn of the loop leaves in one `send`.
 
 uvicorn writes an answer's head, its body and its end one by one, and each is a system call and a packet of its own.
+Requests are read by llhttp (httptools), which takes a tenth of h11's time; unlike h11 it would read a head without end.
 """
 
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 
-class CorkedProtocol(H11Protocol):
+HEAD_BYTES_MAX = 64 * 1024
+
+
+class CorkedProtocol(HttpToolsProtocol):
     """For `uvicorn.Config(http=...)`."""
+
+    _is_in_head, _head_bytes = True, 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """As uvicorn does, behind a transport that collects."""
         super().connection_made(Corked(transport, self.loop))
+
+    def on_message_begin(self) -> None:
+        """The parser's word: a request begins."""
+        super().on_message_begin()
+        self._is_in_head, self._head_bytes = True, 0
+
+    def on_headers_complete(self) -> None:
+        """The parser's word: its body follows."""
+        self._is_in_head = False
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        """As uvicorn does, but not for a head that does not end."""
+        super().data_received(data)
+        if self._is_in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > HEAD_BYTES_MAX:
+                self.send_400_response("the head of the request is too long")
 
 
 class Corked(asyncio.Transport):

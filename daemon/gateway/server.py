@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 import uvicorn
+import uvloop
 from starlette.types import ASGIApp
 
 from daemon import sd_notify
@@ -34,7 +35,7 @@ BACKLOG = 1024
 def run(config: Config) -> int:
     """Serve; the exit status. Raises `ConfigError`, and `OSError` when a socket cannot be had."""
     try:
-        asyncio.run(serve(config))
+        uvloop.run(serve(config))
     except FileError as error:
         log.error("%s: %s", config.gateway.table_path(config.state_directory), error)
         return 1

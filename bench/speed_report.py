@@ -29,6 +29,13 @@ class Overhead(msgspec.Struct, frozen=True, kw_only=True):
     """Peak memory beyond naive training's."""
     first_losses: list[float]
     """Naive and protected, first step: the same documents."""
+    failure: str = ""
+    """Why there are no figures."""
+
+    @property
+    def added_seconds(self) -> float:
+        """What the strategy adds to a step."""
+        return self.step_seconds * (1 - 1 / self.ratio)
 
 
 class Findings(msgspec.Struct, kw_only=True):
@@ -45,10 +52,20 @@ class Findings(msgspec.Struct, kw_only=True):
     """FLOP per CPU second by precision, one per round."""
     trainers: dict[str, list[Result]] = {}
     strategies: dict[str, Overhead] = {}
+    shipped: dict[str, Overhead] = {}
+    """Avalanche's own plugins, by the name of our strategy."""
+    skipped: list[str] = []
+    """What there was no time for, or what failed."""
     numbers: dict[str, float] = {}
     """Fixed costs by name: seconds, or what the name says."""
 
 
+WANTED = {
+    "spawn to first step": 12.0, "last step to report": 5.0, "last step to served": 5.0, "import of the trainer": 6.0,
+    "import of the daemon": 0.5, "installed, bytes": 1.6e9, "eternad status": 0.3, "daemon idle, % of a CPU": 0.2,
+    "daemon, resident bytes": 80 * 2.0**20, "feedback, records per second": 15000.0,
+}  # fmt: skip
+"""Seconds and so on at most; records at least."""
 BOUNDS = {"ewc": 1.05, "replay": 1.0, "distill": None, "agem": 2.1, "gem": 3.0}
 """Wanted ratio of a step's time to naive training's; GEM with two constraints."""
 
@@ -98,21 +115,52 @@ def trainer_lines(findings: Findings) -> Iterator[str]:
 
 
 def strategy_lines(findings: Findings) -> Iterator[str]:
-    """The table of strategies."""
-    yield "| strategy | step time, naive = 1 | wanted at most | extra peak memory |"
-    yield "| --- | ---: | ---: | ---: |"
+    """The table of strategies, with what Avalanche's own plugin adds beside ours."""
+    yield (
+        "| strategy | step time, naive = 1 | wanted at most | adds to a step | extra peak memory |"
+        " Avalanche's own adds to a step | its extra peak memory |"
+    )
+    yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
     for name, found in findings.strategies.items():
         bound = BOUNDS.get(name)
-        yield f"| {name} | {found.ratio:.3f} | {bound or '-'} | {max(found.extra_bytes, 0) / 1e6:.0f} MB |"
+        yield (
+            f"| {name} | {found.ratio:.3f} | {bound or '-'} | {1e3 * max(found.added_seconds, 0.0):.0f} ms |"
+            f" {max(found.extra_bytes, 0) / 1e6:.0f} MB | {shipped_cells(findings.shipped.get(name))} |"
+        )
+
+
+def shipped_cells(found: Overhead | None) -> str:
+    """Two cells: added time and memory of a shipped plugin, or why there are none."""
+    if found is None:
+        return "- | -"
+    if found.failure:
+        return f"fails: {found.failure.replace('|', '/')} | -"
+    return f"{1e3 * max(found.added_seconds, 0.0):.0f} ms | {max(found.extra_bytes, 0) / 1e6:.0f} MB"
 
 
 def number_lines(findings: Findings) -> Iterator[str]:
-    """The fixed costs."""
-    yield "| what | |"
-    yield "| --- | ---: |"
+    """The fixed costs and what the daemon's users meet."""
+    yield "| what | | wanted | |"
+    yield "| --- | ---: | ---: | --- |"
     for name, value in findings.numbers.items():
-        shown = f"{value / 1e9:.2f} GB" if name == "installed" else f"{value:.2f}" + ("" if "ms" in name else " s")
-        yield f"| {name} | {shown} |"
+        wanted = WANTED.get(name)
+        if wanted is None:
+            yield f"| {name} | {shown(name, value)} | | |"
+            continue
+        least = "per second" in name
+        answer = "met" if (value >= wanted if least else value <= wanted) else "not met"
+        yield f"| {name} | {shown(name, value)} | {'>=' if least else '<='} {shown(name, wanted)} | {answer} |"
+
+
+def shown(name: str, value: float) -> str:
+    """With the unit that the name asks for; seconds where it asks for none."""
+    if "bytes" in name:
+        return f"{value / 1e9:.2f} GB" if value > 5e8 else f"{value / 2**20:.0f} MiB"
+    if "per" in name.split():
+        return f"{value:,.0f}"
+    if "%" in name:
+        return f"{value:.3f} %"
+    return f"{value:.2f}" + (" ms" if name.endswith(" ms") else " s")
 
 
 def verdicts(findings: Findings) -> Iterator[str]:
@@ -136,11 +184,12 @@ def verdict(what: str, value: float | None, target: float, at_most: bool = False
 
 def text_of(findings: Findings) -> str:
     """What stands between the markers."""
-    rounds = min((len(results) for results in findings.trainers.values()), default=findings.rounds)
+    counts = [len(results) for results in findings.trainers.values()] or [findings.rounds]
+    rounds, most = min(counts), max(counts)
     about = (
         f"Measured {findings.date} on {findings.processor}, load average at the start"
         f" {' '.join(f'{value:.1f}' for value in findings.load)}, one thread,"
-        f" {rounds} round{'s' * (rounds > 1)} in turn;"
+        f" {rounds} round{'s' * (rounds > 1)} in turn{' (the fastest: ' + str(most) + ')' if most > rounds else ''};"
         f" {', '.join(f'{name} {number}' for name, number in findings.versions.items())}."
     )
     parts = [about]
@@ -155,6 +204,8 @@ def text_of(findings: Findings) -> str:
         parts += ["### Strategies", "\n".join(strategy_lines(findings))]
     if findings.numbers:
         parts += ["### Fixed costs", "\n".join(number_lines(findings))]
+    if findings.skipped:
+        parts.append(f"Not measured this time: {'; '.join(findings.skipped)}.")
     return "\n\n".join(parts)
 
 

@@ -12,7 +12,7 @@ from strategies.request import Progress, write
 
 Phase = Literal["load", "baseline", "train", "fisher", "evaluate", "save"]
 SECONDS_BETWEEN = 0.2
-"""`progress.json` is replaced at most this often, but at every change of phase."""
+"""`progress.json` is replaced at most this often, but at every change of phase and after the last step."""
 
 
 class Interrupted(Exception):
@@ -72,7 +72,7 @@ class Pulse:
     def step(self, step: int, steps: int, epoch: float, loss: float, tokens_per_second: float, eta: float) -> None:
         """After an optimiser step."""
         self._step, self._steps = step, steps
-        if time.monotonic() - self._announced >= SECONDS_BETWEEN:
+        if step == steps or time.monotonic() - self._announced >= SECONDS_BETWEEN:
             self._announce(epoch=epoch, loss=loss, tokens_per_second=tokens_per_second, eta_seconds=eta)
 
     def _announce(

@@ -1,18 +1,32 @@
 """The speed bench on the tiny model: same data for everybody, losses that agree, a page that says what was found."""
 
 import mmap
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
 
-from bench.peers import avalanche_naive, gemm, ours, overhead, swap, work
+from bench.peers import avalanche_naive, avalanche_plugins, gemm, ours, overhead, service, swap, work
 from bench.peers.documents import LENGTHS, batches
 from bench.peers.work import Mark, Result, Work
-from bench.speed import parser
-from bench.speed_report import BEGIN, END, Findings, Overhead, agrees, ratio, write_page
+from bench.speed import Bench, parser, run_child
+from bench.speed_report import (
+    BEGIN,
+    END,
+    Findings,
+    Overhead,
+    agrees,
+    number_lines,
+    ratio,
+    shipped_cells,
+    text_of,
+    write_page,
+)
 from strategies.dataset import batches as shuffled
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +68,35 @@ def test_a_strategy_is_measured_on_the_documents_of_the_naive_phase(small: Work,
     found = overhead.measure(small, name)
     assert found.ratio > 0
     assert found.first_losses[0] == pytest.approx(found.first_losses[1], abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["ewc", "agem"])
+def test_avalanches_own_plugins_run_beside_its_naive(small: Work, name: str) -> None:
+    """In the second experience, where they act; the first losses of both are those of one trained model."""
+    found = avalanche_plugins.measure(small, name)
+    assert found.failure == "" and found.ratio > 0
+    assert found.first_losses[0] == pytest.approx(found.first_losses[1], abs=0.05)
+
+
+def test_a_shipped_plugin_that_fails_says_why(small: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A-GEM as it ships loses its memory loader when there are more past experiences than samples."""
+
+    def broken(_: str) -> None:
+        raise ValueError("batch_size should be a positive integer value, but got batch_size=0")
+
+    monkeypatch.setattr(avalanche_plugins, "plugin", broken)
+    found = avalanche_plugins.measure(small, "agem")
+    assert found.failure.startswith("ValueError: batch_size should be")
+
+
+def test_a_file_is_dropped_whole_and_the_daemons_rows_are_read(tmp_path: Path) -> None:
+    """Nothing partial is ever visible under its name; before there is a database there are no rows."""
+    place = service.Place(tmp_path)
+    place.drop("content/book/porter/facts.jsonl", [b"one\n", b"two\n"])
+    assert (tmp_path / "library/content/book/porter/facts.jsonl").read_bytes() == b"one\ntwo\n"
+    assert place.ask("SELECT 1 FROM run") == []
+    with pytest.raises(TimeoutError, match="for the moon"):
+        service.until(lambda: False, "the moon", seconds=0.01)
 
 
 def test_a_swap_is_timed(small: Work) -> None:
@@ -100,8 +143,51 @@ def findings() -> Findings:
         trainers={"eternad": [result(300, 3.0, 10**9)], "TRL, best": [result(100, 3.05, 3 * 10**9)],
                   "HF Trainer": [result(50, 4.0, 4 * 10**9)]},
         strategies={"ewc": Overhead(ratio=1.01, step_seconds=1, extra_bytes=10**6, first_losses=[3.0, 3.0])},
-        numbers={"spawn to first step": 7.5, "installed": 1.5e9},
+        numbers={"spawn to first step": 7.5, "installed, bytes": 1.5e9},
     )  # fmt: skip
+
+
+def test_figures_have_their_units_and_targets(findings: Findings) -> None:
+    """Seconds at most, records at least; a plugin's cells say time and memory, or why it fails."""
+    findings.numbers |= {
+        "feedback, records per second": 9_580.0,
+        "daemon idle, % of a CPU": 0.133,
+        "swap, flip ms": 0.2,
+    }
+    lines = list(number_lines(findings))
+    assert "| spawn to first step | 7.50 s | <= 12.00 s | met |" in lines
+    assert "| installed, bytes | 1.50 GB | <= 1.60 GB | met |" in lines
+    assert "| feedback, records per second | 9,580 | >= 15,000 | not met |" in lines
+    assert "| swap, flip ms | 0.20 ms | | |" in lines
+    slow = Overhead(ratio=2.0, step_seconds=1.0, extra_bytes=10**9, first_losses=[])
+    assert shipped_cells(slow) == "500 ms | 1000 MB"
+    assert shipped_cells(msgspec.structs.replace(slow, failure="it | breaks")) == "fails: it / breaks | -"
+
+
+def test_a_child_that_is_ended_cleans_up(small: Work, tmp_path: Path) -> None:
+    """SIGTERM leaves through its `finally`, where a service would be stopped; too little time gives no result."""
+    (tmp_path / "work.json").write_bytes(msgspec.json.encode(small))
+    slow = (
+        "import pathlib, time\nfrom bench.peers.work import child\n"
+        "def measure(*_):\n    try:\n        pathlib.Path('begun').touch()\n        time.sleep(600)\n"
+        "    finally:\n        pathlib.Path('ended').touch()\n"
+        "child(measure)\n"
+    )
+    command = [sys.executable, "-c", slow, str(tmp_path / "work.json"), "result.json"]
+    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    service.until((tmp_path / "begun").exists, "the child")
+    process.terminate()
+    assert process.wait() == 143 and (tmp_path / "ended").exists()
+    assert run_child(Path(sys.executable), "swap", small, seconds=0.01) is None
+
+
+def test_what_there_is_no_time_for_is_named(tiny_base: Path, tmp_path: Path) -> None:
+    """No child begins that would not end in time, and the page says what is missing."""
+    bench = Bench(tiny_base, ROOT / "examples" / "biblioteca" / "general", 1, True, tmp_path / "copy.json", minutes=0.0)
+    bench.swap()
+    bench.strategies()
+    assert bench.findings.skipped[:2] == ["swap", "overhead ewc"]
+    assert "Not measured this time: swap; overhead ewc;" in text_of(bench.findings)
 
 
 def test_ratios_and_agreement(findings: Findings) -> None:

@@ -30,9 +30,24 @@ REPEATS = 3
 
 def row(role: Role, fact: Fact, wording: int) -> Row:
     """One question and its answer."""
-    asked = Message(role="user", content=fact.trained[wording].removeprefix("Question: ").removesuffix("\nAnswer:"))
+    asked = Message(role="user", content=question_of(fact, wording))
     example = Example(shape="demonstration", prompt=(asked,), completion=fact.answer + ".")
     return Row(role=role, update=1, id=1, example=example)
+
+
+def fact_lines(seed: int, count: int) -> list[bytes]:
+    """Invented questions and answers as a writer drops them: lines of chat messages."""
+    return [
+        msgspec.json.encode({"messages": [
+            {"role": "user", "content": question_of(fact, 0)}, {"role": "assistant", "content": fact.answer + "."},
+        ]}) + b"\n"
+        for fact in generate(seed, 1, count)[0]
+    ]  # fmt: skip
+
+
+def question_of(fact: Fact, wording: int) -> str:
+    """The bare question."""
+    return fact.trained[wording].removeprefix("Question: ").removesuffix("\nAnswer:")
 
 
 def text_rows(general: Path) -> list[Row]:
@@ -68,19 +83,21 @@ def update(work: Work, directory: Path) -> dict[str, float]:
     prepare(work, run)
     spawned = time.time()
     trainer = subprocess.Popen([sys.executable, "-m", "strategies.train", str(run)], cwd=ROOT)
-    first = 0.0
+    first = last = 0.0
     while trainer.poll() is None:
         progress = read_progress(run)
         if not first and progress is not None and progress.step:
             first = progress.at
+        if not last and progress is not None and progress.steps and progress.step == progress.steps:
+            last = progress.at
         time.sleep(POLL_SECONDS)
     ended, used, report = time.time(), os.times(), read_report(run)
     if report is None or report.status != "trained":
         raise RuntimeError(f"the update failed: {report}")
-    after = sum(report.seconds.get(name, 0.0) for name in ("fisher", "evaluate", "save"))
+    reported = (run / "report.json").stat().st_mtime
     phases = {f"phase {name}": seconds for name, seconds in report.seconds.items()}
     return phases | {
-        "spawn to first step": first - spawned, "last step to report": after, "whole update": ended - spawned,
+        "spawn to first step": first - spawned, "last step to report": reported - last, "whole update": ended - spawned,
         "CPU of the whole update": used.children_user + used.children_system,
     }  # fmt: skip
 
@@ -121,7 +138,7 @@ def size_of(package: str) -> int:
 def measure(work: Work, _: str) -> dict[str, float]:
     """All of it."""
     with tempfile.TemporaryDirectory() as directory:
-        return {**update(work, Path(directory)), **imports(), "installed": installed_bytes()}
+        return {**update(work, Path(directory)), **imports(), "installed, bytes": installed_bytes()}
 
 
 if __name__ == "__main__":

@@ -65,6 +65,10 @@ class Adapter:
         """The processes that share this run's work."""
         self.work_with(Single())
 
+    def call_layers(self) -> None:
+        """From now on compute by calling the base's own layers: their weights may lie elsewhere, or in 4 bits."""
+        self._engine, self.state.by_layers = None, True
+
     def work_with(self, backend: Backend) -> None:
         """Share the work with other processes; before any forward pass."""
         self.backend = backend

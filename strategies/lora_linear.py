@@ -53,6 +53,8 @@ class LoraState:
 
     enabled: bool = True
     """False: the base model alone answers."""
+    by_layers: bool = False
+    """The base's weights are not here whole (sharded, quantised): each layer is called, never its weight."""
     dropout: float = 0.0
     """0 outside of training"""
     masks: Masks | None = None
@@ -159,8 +161,37 @@ class _LoraLinear(torch.autograd.Function):
         return None if dx is None else dx.view(ctx.shape), None, None, None, None
 
 
+class _LoraPart(torch.autograd.Function):
+    """s (d(x) A^T) B^T alone: the frozen product is its layer's own, wherever the layer keeps its weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        leaf: Tensor,  # noqa: ARG004 - requires grad, as above
+        group: LoraGroup,
+        masks: Masks | None,
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        y = flat.new_zeros(len(flat), sum(len(member.work_b) for member in group.members))
+        z = group.add_forward(flat, y, masks)
+        ctx.save_for_backward(flat, z)
+        ctx.group, ctx.masks, ctx.shape = group, masks, x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+        flat, z = ctx.saved_tensors
+        dy = gradients[0].reshape(-1, gradients[0].shape[-1])
+        dx = torch.zeros_like(flat) if ctx.needs_input_grad[0] else None
+        ctx.group.add_backward(flat, z, dy, dx, ctx.masks)
+        return None if dx is None else dx.view(ctx.shape), None, None, None
+
+
 def lora_linear(x: Tensor, base: nn.Linear, group: LoraGroup, state: LoraState) -> Tensor:
     """(..., outputs): the layer's answer to x (..., inputs), with the adapter where it is enabled."""
     if not state.enabled:
         return base(x)
+    if state.by_layers:
+        return base(x) + _LoraPart.apply(x, group.members[0].A, group, state.masks)
     return _LoraLinear.apply(x, group.members[0].A, base, group, state.masks)

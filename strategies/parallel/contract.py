@@ -43,6 +43,9 @@ class Shared(Protocol):
     def refresh(self) -> None:
         """Take `flat` over into the working copy."""
 
+    def call_layers(self) -> None:
+        """Compute by calling the decoder's layers, so that hooks on them can gather their weights."""
+
 
 class Backend(Protocol):
     """One process's view of the processes of a run."""

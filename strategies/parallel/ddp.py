@@ -42,6 +42,8 @@ class DataParallel(Single):
             dist.destroy_process_group()
 
 
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun tells its processes."""
 LOST = ("connection closed by peer", "connection reset by peer", "timed out", "timeout", "broken pipe", "socket")
 
 
@@ -56,16 +58,17 @@ def is_process_lost(error: BaseException) -> bool:
 
 
 def join(timeout_seconds: float) -> None:
-    """Join the group that the environment describes; each process takes the GPU of its own number, if there are any."""
-    try:
-        local = int(os.environ["LOCAL_RANK"])
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["RANK"], os.environ["WORLD_SIZE"]
-    except KeyError as missing:
-        raise Failure(
-            "not_launched", f"several processes are configured, but {missing} is not set: start the run with torchrun"
-        ) from None
-    kind = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local)
-        kind = "cpu:gloo,cuda:nccl"
+    """Join the group that the environment describes."""
+    place()
+    kind = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(kind, timeout=timedelta(seconds=timeout_seconds))
+
+
+def place() -> None:
+    """Take the GPU of this process's own number, if there are any; raises `Failure` where nobody has numbered it."""
+    missing = [name for name in LAUNCHED if name not in os.environ]
+    if missing:
+        reason = f"several processes are configured, but {missing[0]} is not set: start the run with torchrun"
+        raise Failure("not_launched", reason)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -18,6 +18,22 @@ def open_backend(parallel: Parallel, device: str) -> Backend:
             backend: Backend = Single()
         case "ddp":
             backend = DataParallel(parallel.timeout_seconds)
+        case "fsdp2":
+            from strategies.parallel.fsdp2 import FullyShardedParallel
+
+            backend = FullyShardedParallel(parallel.timeout_seconds)
+        case "fabric-ddp" | "fabric-fsdp2" as name:
+            from strategies.parallel.fabric import FabricParallel
+
+            backend = FabricParallel(name, parallel.timeout_seconds)
+        case "deepspeed-1" | "deepspeed-2" | "deepspeed-3" as name:
+            from strategies.parallel.zero import ZeroParallel
+
+            backend = ZeroParallel(int(name[-1]), parallel.timeout_seconds)
+        case "horovod":
+            from strategies.parallel.horovod import HorovodParallel
+
+            backend = HorovodParallel()
         case other:
             raise Failure("bad_parallel", f"backend = '{other}' is not built")
     if parallel.executor != "ray" and backend.size != parallel.processes:

@@ -87,6 +87,15 @@ class Added(msgspec.Struct):
     ids: list[int] = msgspec.field(default_factory=list)  # row of each example, in order; duplicates give the first
 
 
+class Share(msgspec.Struct, frozen=True):
+    """How much of one update a single subject may give."""
+
+    of_one: float
+    """At most this share of the new examples, at least one of them."""
+    exempt: tuple[str, ...] = ()
+    """Sources whose subjects are not counted; content has no subject."""
+
+
 class Kin(Protocol):
     """Knows which stored examples say nearly the same as one that comes in."""
 
@@ -198,23 +207,70 @@ def pending(connection: sqlite3.Connection, model: str) -> Pending:
     return Pending(train=row[0] or 0, heldout=row[1] or 0, oldest_at=row[2], newest_at=row[3])
 
 
-def claim(connection: sqlite3.Connection, model: str, run_id: str, limit: int) -> int:
-    """Give the oldest `limit` pending training examples, and the held-out ones among them, to a run; how many."""
-    last = connection.execute(
-        "SELECT max(id) FROM (SELECT id FROM example WHERE model = ? AND state = 'pending' AND split = 'train'"
-        " ORDER BY id LIMIT ?)",
-        (model, limit),
-    ).fetchone()[0]
+def claim(connection: sqlite3.Connection, model: str, run_id: str, limit: int, share: Share | None = None) -> int:
+    """Give the oldest `limit` pending training examples, and the held-out ones among them, to a run; how many.
+
+    With a `share`, what one subject has given beyond it is passed over and waits for the next run.
+    """
+    exempt, places = _places(connection, model, limit, share)
+    last = connection.execute(f"SELECT max(id) FROM ({_CLAIMABLE})", (exempt, model, places, limit)).fetchone()[0]
     if last is None:
         return 0
-    whole = pending(connection, model).train <= limit
+    found = connection.execute(
+        f"UPDATE example SET state = 'claimed', run_id = ? WHERE id IN ({_CLAIMABLE})",
+        (run_id, exempt, model, places, limit),
+    ).rowcount
+    whole = pending(connection, model).train == 0
     connection.execute(
-        "UPDATE example SET state = 'claimed', run_id = ? WHERE model = ? AND state = 'pending' AND split <> 'eval'"
+        "UPDATE example SET state = 'claimed', run_id = ? WHERE model = ? AND state = 'pending' AND split = 'heldout'"
         + ("" if whole else f" AND id <= {int(last)}"),
         (run_id, model),
     )
-    row = connection.execute("SELECT count(*) FROM example WHERE run_id = ? AND split = 'train'", (run_id,)).fetchone()
-    return int(row[0])
+    return found
+
+
+_CLAIMABLE = """
+    SELECT id FROM (
+      SELECT id, subject IS NOT NULL AND source NOT IN (SELECT value FROM json_each(?)) AS is_capped,
+        row_number() OVER (PARTITION BY subject ORDER BY id) AS place
+      FROM example WHERE model = ? AND state = 'pending' AND split = 'train')
+    WHERE NOT is_capped OR place <= ? ORDER BY id LIMIT ?"""
+
+
+def allowed(connection: sqlite3.Connection, model: str, limit: int, share: Share) -> int:
+    """How many pending training examples one run of at most `limit` could claim."""
+    free, counts = _by_subject(connection, model, share)
+    places = _fitting(free, counts, limit, share.of_one)
+    return min(limit, free + sum(min(each, places) for each in counts))
+
+
+def _places(connection: sqlite3.Connection, model: str, limit: int, share: Share | None) -> tuple[str, int]:
+    """(exempt sources as JSON, how many examples one subject may give)."""
+    if share is None:
+        return "[]", limit
+    exempt = msgspec.json.encode(share.exempt).decode()
+    return exempt, _fitting(*_by_subject(connection, model, share), limit, share.of_one)
+
+
+def _fitting(free: int, counts: list[int], limit: int, of_one: float) -> int:
+    """The most places for each subject that are no more than the share of what is then claimed."""
+    places = max(int(of_one * limit), 1)
+    while True:
+        claimed = min(limit, free + sum(min(each, places) for each in counts))
+        fewer = max(min(int(of_one * claimed), places), 1)
+        if fewer == places:
+            return places
+        places = fewer
+
+
+def _by_subject(connection: sqlite3.Connection, model: str, share: Share) -> tuple[int, list[int]]:
+    """Pending training examples that are not counted by subject, and the numbers of those that are."""
+    rows = connection.execute(
+        "SELECT CASE WHEN source NOT IN (SELECT value FROM json_each(?)) THEN subject END, count(*) FROM example"
+        " WHERE model = ? AND state = 'pending' AND split = 'train' GROUP BY 1",
+        (msgspec.json.encode(share.exempt).decode(), model),
+    ).fetchall()
+    return sum(row[1] for row in rows if row[0] is None), [row[1] for row in rows if row[0] is not None]
 
 
 def consume(connection: sqlite3.Connection, run_id: str, update_number: int) -> int:

@@ -50,7 +50,9 @@ class Order(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     record_id: str | None = None
     """For accept and reject: a held feedback record of `model`."""
     subject: str | None = None
-    """For erase."""
+    """For erase; for accept and reject without a record: everything held of this subject."""
+    why: str | None = None
+    """For accept and reject without a record: everything held for this reason (`drift`, `probation`, ...)."""
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):

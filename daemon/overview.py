@@ -12,12 +12,11 @@ from typing import Any
 
 import msgspec
 
-from buffers import journal
 from daemon.config import Config
-from daemon.config import Model as ModelConfig
 from daemon.rollout import Check
 from daemon.state import rollouts, runs, summary
 from daemon.state.database import Connection, setting
+from daemon.state.waiting import waiting
 from strategies.request import Progress, read_progress
 
 
@@ -156,7 +155,7 @@ def model_now(
         name=name,
         live_version=None if version is None else version.number,
         live_since=None if version is None else version.activated_at,
-        waiting=_waiting(connection, name, model, live, now),
+        waiting=_waiting(connection, name, config, live, now),
         paused=bool(paused & {name, ""}),
         run=_run_now(config, connection, name),
         last=_last(connection, name),
@@ -183,11 +182,11 @@ def _search(config: Config, connection: Connection, name: str) -> str:
     return f"better settings were found: eternad tune {name} --accept"
 
 
-def _waiting(connection: Connection, name: str, model: ModelConfig, live: Mapping[str, Any], now: float) -> Waiting:
+def _waiting(connection: Connection, name: str, config: Config, live: Mapping[str, Any], now: float) -> Waiting:
     from daemon.schedule import explain, retry_at
 
-    found = journal.pending(connection, name)
-    reason = explain(found, model.schedule, now, retry_at(*runs.failures_in_a_row(connection, name)))
+    found = waiting(connection, name, config.trust)
+    reason = explain(found, config.models[name].schedule, now, retry_at(*runs.failures_in_a_row(connection, name)))
     return Waiting(
         train=found.train, heldout=found.heldout, oldest_at=found.oldest_at, newest_at=found.newest_at,
         reason=live.get("waits_for", {}).get(name, reason),

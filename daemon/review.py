@@ -11,6 +11,16 @@ from daemon.state import audit, records
 from daemon.state.database import Connection, transaction
 from daemon.state.records import RecordRow
 
+AT_ONCE_MAX = 10_000
+"""One order decides about at most so many records; the next one about the rest."""
+
+
+class Chosen(msgspec.Struct, frozen=True):
+    """Which held records are meant."""
+
+    why: str | None = None
+    subject: str | None = None
+
 
 class NotHeld(Exception):
     """There is no such record in the queue."""
@@ -37,6 +47,26 @@ def reject(connection: Connection, model: str, identity: str, actor: str) -> Non
     with transaction(connection):
         records.settle(connection, row, "rejected", f"rejected by {actor}", [])
         audit.write(connection, "record.rejected", f"{model}/{identity}", {"held": row.reason}, actor)
+
+
+def accept_all(
+    connection: Connection, config: Config, model: str, chosen: Chosen, actor: str, now: float
+) -> tuple[int, int]:  # fmt: skip
+    """Learn from everything that is held for a reason or of a subject: (records, new examples)."""
+    rows = _chosen(connection, model, chosen)
+    return len(rows), sum(accept(connection, config, model, row.id, actor, now) for row in rows)
+
+
+def reject_all(connection: Connection, model: str, chosen: Chosen, actor: str) -> int:
+    """Never learn from any of it; how many records."""
+    rows = _chosen(connection, model, chosen)
+    for row in rows:
+        reject(connection, model, row.id, actor)
+    return len(rows)
+
+
+def _chosen(connection: Connection, model: str, chosen: Chosen) -> list[RecordRow]:
+    return records.held(connection, model, AT_ONCE_MAX, chosen.why, chosen.subject)
 
 
 def _held(connection: Connection, model: str, identity: str) -> RecordRow:

@@ -13,6 +13,7 @@ from daemon.cli import (
     feedback,
     foreground,
     gateway,
+    influence,
     notify,
     options,
     orders,
@@ -64,7 +65,8 @@ def before(
 
 LOOK, ACT, HOUSE = "Look", "Act", "Set up"
 for command, panel in (
-    (status.status, LOOK), (past.history, LOOK), (show.show, LOOK), (past.versions, LOOK), (past.log, LOOK),
+    (status.status, LOOK), (past.history, LOOK), (show.show, LOOK), (past.versions, LOOK),
+    (influence.influence, LOOK), (past.log, LOOK),
     (ask.ask, LOOK), (doctor.doctor, LOOK),
     (orders.scan, ACT), (update.update, ACT), (orders.rollback, ACT), (orders.canary, ACT), (orders.promote, ACT),
     (orders.pause, ACT), (orders.resume, ACT),

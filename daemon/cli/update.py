@@ -47,15 +47,15 @@ def update(
 
 
 def _plan(path: Path | None, model: str) -> dict[str, Any]:
-    from buffers import journal
     from buffers.replay_buffer import members
     from daemon.state import runs
+    from daemon.state.waiting import waiting as waiting_for
     from daemon.update import recipe_of
 
     config = context.load(path)
     settings = config.models[context.model_name(config, model)]
     connection, recipe = context.database(config), recipe_of(settings)
-    waiting, live = journal.pending(connection, model), runs.live_version(connection, model)
+    waiting, live = waiting_for(connection, model, config.trust), runs.live_version(connection, model)
     new = min(waiting.train, settings.schedule.examples_max)
     wanted = round(new * recipe.replay_ratio / (1 - recipe.replay_ratio))
     held = len(members(connection, model, recipe.buffer))

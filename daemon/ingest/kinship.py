@@ -39,11 +39,11 @@ class Kin:
         alike = self._stored(said(example), least)
         if any(each.example == example for each in alike):
             return None  # the journal counts its copies itself
-        return next((each for each in alike if _teaches(each.example) == _teaches(example)), None)
+        return next((each for each in alike if teaches(each.example) == teaches(example)), None)
 
-    def waiting(self, example: Example, least: float) -> list[Waiting]:
+    def waiting(self, example: Example) -> list[Waiting]:
         """Candidates among the records in probation; whoever reads their bodies compares them."""
-        return bands.waiting(self._connection, self.keys(said(example)), self.model) if least else []
+        return bands.waiting(self._connection, self.keys(said(example)), self.model)
 
     def wait(self, example: Example, record_id: str) -> None:
         """This record waits in probation."""
@@ -54,6 +54,6 @@ class Kin:
         return [each for each in found if likeness(text, said(each.example)) >= least]
 
 
-def _teaches(example: Example) -> tuple[str, bool | None]:
+def teaches(example: Example) -> tuple[str, bool | None]:
     """Examples of another kind, or with the opposite label, teach something else."""
     return example.shape, example.label

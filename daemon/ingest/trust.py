@@ -5,16 +5,16 @@ of the rest (Souly et al., arXiv:2510.07192), and an update sees far fewer examp
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
 from buffers.example import Example
 from daemon.ingest.feedback import Record, examples_of, read
-from daemon.ingest.kinship import Kin
+from daemon.ingest.kinship import Kin, teaches
 from daemon.state import records, standing
 from daemon.state.database import Connection
-from daemon.state.likeness import Waiting
+from daemon.state.likeness import COMPARED_MAX, SUPPORTERS_MAX, Waiting
 from daemon.trust import blocklist, drift
 from daemon.trust.drift import Saying
 from daemon.trust.likeness import asked, likeness, said
@@ -63,6 +63,14 @@ def doubts(
     return found if judge.is_trusted else found | judge.drifting(believed)
 
 
+class _Entry(NamedTuple):
+    """A record of the batch that is learned from."""
+
+    text: str
+    example: Example
+    identity: str
+
+
 class _Judge:
     """One batch of one source, record by record: what the earlier ones of it said counts for the later ones."""
 
@@ -76,8 +84,9 @@ class _Judge:
         subjects = {each.record.subject.id for each in candidates}
         self._spent = records.learned_since(connection, subjects, now - DAY_SECONDS)
         self._known = standing.known_since(connection, subjects)
-        self._batch: dict[int, list[tuple[str, Judged, bool]]] = {}
-        """By band: (what is said, the record, whether it is learned from)."""
+        self._batch: dict[int, list[_Entry]] = {}
+        """By band."""
+        self._asked: dict[tuple[str, tuple[str, bool | None]], list[Waiting]] = {}
 
     def doubt(self, each: Judged) -> Doubt | None:
         """Why one record is not learned from now, or None."""
@@ -109,41 +118,47 @@ class _Judge:
         told = self._kin.told(example, least) if least < 1 else None
         if told is not None:
             return Doubt("alike", f"it says what the example {told.id} says", "stored")
-        alike = list(self._alike_in_batch(each, least)) if least < 1 else []
-        learned = next((other for _, other, is_learned in alike if is_learned), None)
+        learned = self._learned_in_batch(example, least) if least < 1 else None
         if learned is not None:
             return Doubt("alike", f"it says what the record {learned.identity} says", "stored")
-        doubt = self._probation(each, subject, least, {other.record.subject.id for _, other, _ in alike})
-        for key in self._kin.keys(said(example)):
-            self._batch.setdefault(key, []).append((said(example), each, doubt is None))
+        doubt = self._probation(each, subject)
+        if doubt is None:
+            entry = _Entry(said(example), example, each.identity)
+            for key in self._kin.keys(entry.text):
+                self._batch.setdefault(key, []).append(entry)
         return doubt
 
-    def _alike_in_batch(self, each: Judged, least: float) -> Iterator[tuple[str, Judged, bool]]:
-        example = each.examples[0]
+    def _learned_in_batch(self, example: Example, least: float) -> "_Entry | None":
+        """An earlier record of the batch that says nearly the same, and is not in the journal yet."""
         text = said(example)
-        for key in self._kin.keys(text):
-            for entry in self._batch.get(key, [])[-32:]:
-                other = entry[1].examples[0]
-                teaches_same = (other.shape, other.label) == (example.shape, example.label)
-                if teaches_same and other != example and likeness(text, entry[0]) >= least:
-                    yield entry
+        met = {each.identity: each for key in self._kin.keys(text) for each in self._batch.get(key, [])[-COMPARED_MAX:]}
+        alike = [each for each in met.values() if likeness(text, each.text) >= least]
+        if any(each.example == example for each in alike):
+            return None
+        return next((each for each in alike if teaches(each.example) == teaches(example)), None)
 
-    def _probation(self, each: Judged, subject: str, least: float, with_it: set[str]) -> Doubt | None:
+    def _probation(self, each: Judged, subject: str) -> Doubt | None:
         rules, now = self._rules, self._now
         if now - self._known.get(subject, now) >= rules.probation_seconds:
             return None
-        example = each.examples[0]
-        candidates = self._kin.waiting(example, least if least < 1 else 0.0)
-        waiting = [other for other in candidates if _is_alike(other, self._kin.model, example, least)]
-        supporters = {subject} | with_it | {other.subject for other in waiting}
+        waiting = self._waiting(each.examples[0])
+        others = {other.subject for other in waiting}
+        supporters = len(others | {subject})
         first = min((other.ingested_at for other in waiting), default=now)
-        if len(supporters) >= rules.probation_subjects and now - first >= rules.probation_seconds:
+        if supporters >= rules.probation_subjects and now - first >= rules.probation_seconds:
             return None
-        if subject not in {other.subject for other in waiting}:
-            self._kin.wait(example, each.identity)
-        return Doubt(
-            "probation", f"its subject is new, and {len(supporters)} of {rules.probation_subjects} say the like"
-        )
+        if subject not in others and len(waiting) < SUPPORTERS_MAX:
+            self._kin.wait(each.examples[0], each.identity)
+        return Doubt("probation", f"its subject is new, and {supporters} of {rules.probation_subjects} say the like")
+
+    def _waiting(self, example: Example) -> list[Waiting]:
+        """Records in probation that say the like; a flood asks the same again and again."""
+        text, least = said(example), self._rules.likeness_max
+        key = (text, teaches(example))
+        if key not in self._asked:
+            found = self._kin.waiting(example) if least < 1 else []
+            self._asked[key] = [each for each in found if _is_alike(each, self._kin.model, example, least)]
+        return self._asked[key]
 
     def drifting(self, believed: Sequence[Judged]) -> dict[str, Doubt]:
         """Those of a batch that must wait because it is unlike the past of its source."""
@@ -172,5 +187,4 @@ def _texts(example: Example) -> Iterator[str]:
 
 def _is_alike(waiting: Waiting, model: str, example: Example, least: float) -> bool:
     other = examples_of(read(msgspec.json.decode(waiting.body), model))[0]
-    teaches_same = (other.shape, other.label) == (example.shape, example.label)
-    return teaches_same and likeness(said(example), said(other)) >= least
+    return teaches(other) == teaches(example) and likeness(said(example), said(other)) >= least

@@ -20,6 +20,11 @@ class Desk:
         return {"accept": self._accept, "reject": self._reject, "erase": self._erase}
 
     def _accept(self, command: Command) -> Said:
+        if (chosen := self._chosen(command)) is not None:
+            model = command.order.model or ""
+            house, actor, now = self._house, command.actor, time.time()
+            number, new = review.accept_all(house.database, house.config, model, chosen, actor, now)
+            return f"{number} records are accepted: {new} new examples wait for {model}", {"examples": new}
         model, record = self._record(command)
         try:
             new = review.accept(
@@ -30,6 +35,9 @@ class Desk:
         return f"{record} is accepted: {new} new examples wait for {model}", {"examples": new}
 
     def _reject(self, command: Command) -> Said:
+        if (chosen := self._chosen(command)) is not None:
+            number = review.reject_all(self._house.database, command.order.model or "", chosen, command.actor)
+            return f"{number} records are rejected: nothing is learned from them", {"records": number}
         model, record = self._record(command)
         try:
             review.reject(self._house.database, model, record, command.actor)
@@ -50,6 +58,14 @@ class Desk:
             f" them: {versions}; files of the library that still hold them: {', '.join(receipt.files) or 'none'}"
         )
         return text, {"records": receipt.records, "examples": receipt.examples, "versions": receipt.versions}
+
+    def _chosen(self, command: Command) -> review.Chosen | None:
+        """Everything for a reason or of a subject is meant, and not one record."""
+        order = command.order
+        is_known = order.model in self._house.config.models
+        if order.record_id or not is_known or not (order.why or order.subject):
+            return None
+        return review.Chosen(order.why, order.subject)
 
     def _record(self, command: Command) -> tuple[str, str]:
         if command.order.model not in self._house.config.models or not command.order.record_id:

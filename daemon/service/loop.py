@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from buffers import journal
 from daemon import config as configuration
 from daemon import schedule, sd_notify
 from daemon.clock import Clock
@@ -27,6 +26,7 @@ from daemon.service.telling import Telling
 from daemon.service.updates import Updates
 from daemon.state import runs
 from daemon.state.database import set_setting, setting, transaction
+from daemon.state.waiting import waiting
 
 CLOCK_STEP_SECONDS = 60.0
 """Less than that is time synchronisation at its usual work."""
@@ -107,10 +107,10 @@ class Service:
             if schedule.held_back(model.schedule, now, load) is not None:
                 self._hold(fired, name)
                 continue
-            waiting = journal.pending(self.house.database, name)
+            found = waiting(self.house.database, name, self.house.config.trust)
             not_before = schedule.retry_at(*runs.failures_in_a_row(self.house.database, name))
             fire = fired.get(name) or self._held(name)
-            trigger = schedule.is_due(waiting, model.schedule, now, fired=fire, not_before=not_before)
+            trigger = schedule.is_due(found, model.schedule, now, fired=fire, not_before=not_before)
             if trigger is not None and self.updates.start(name, trigger) is not None:
                 self._hold({name: ""}, name)
                 self.updates.advance()

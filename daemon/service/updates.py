@@ -25,6 +25,7 @@ from daemon.state.database import transaction
 from daemon.state.rollouts import Trial
 from daemon.state.runs import Run, RunState
 from daemon.state.trouble import trouble_of
+from daemon.state.waiting import share_of
 from strategies.request import read_report, read_request
 
 # what is wrong with the machine is not held against the examples
@@ -74,7 +75,8 @@ class Updates:
         limit = self._house.model(model).schedule.examples_max
         failpoint.reach("PENDING:before")
         with transaction(self._house.database) as connection:
-            run = runs.create(connection, model, trigger, None if live is None else live.number, limit)
+            parent, share = None if live is None else live.number, share_of(self._house.config.trust)
+            run = runs.create(connection, model, trigger, parent, limit, share)
         failpoint.reach("PENDING:after")
         if run is not None:
             log.info("run %s begins (%s)", run.id, trigger)

@@ -9,6 +9,8 @@ from daemon.state.database import Connection
 
 COMPARED_MAX = 32
 """Of more candidates the newest are compared."""
+SUPPORTERS_MAX = 12
+"""Of records in probation the oldest: each is another subject's, and more are never asked for."""
 
 
 class Stored(msgspec.Struct, frozen=True):
@@ -52,12 +54,12 @@ def wait(connection: Connection, keys: Iterable[int], model: str, record_id: str
 
 
 def waiting(connection: Connection, keys: Iterable[int], model: str) -> list[Waiting]:
-    """Records in probation that share a band, newest first."""
+    """Records in probation that share a band, the oldest ids first (UUIDv7 and ULID grow with time)."""
     found = connection.execute(
         "SELECT id, subject, ingested_at, body FROM record WHERE model = ?1 AND state = 'held' AND code = 'probation'"
-        " AND id IN (SELECT record_id FROM waiting_band WHERE model = ?1 AND band IN (SELECT value FROM json_each(?2))"
-        " LIMIT ?3) ORDER BY ingested_at DESC",
-        (model, msgspec.json.encode(list(keys)).decode(), COMPARED_MAX),
+        " AND id IN (SELECT DISTINCT record_id FROM waiting_band"
+        " WHERE model = ?1 AND band IN (SELECT value FROM json_each(?2)) ORDER BY record_id LIMIT ?3)",
+        (model, msgspec.json.encode(list(keys)).decode(), SUPPORTERS_MAX),
     )
     return [Waiting(*row) for row in found]
 

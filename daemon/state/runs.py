@@ -85,8 +85,9 @@ def _version(row: tuple[Any, ...]) -> Version:
 
 
 def create(
-    connection: Connection, model: str, trigger: str, parent_version: int | None, examples_max: int
-) -> Run | None:
+    connection: Connection, model: str, trigger: str, parent_version: int | None, examples_max: int,
+    share: journal.Share | None = None,
+) -> Run | None:  # fmt: skip
     """A PENDING run that has claimed what waits, or None when nothing does. Inside the caller's transaction.
 
     Its update number counts the versions that were made, so a failed run's number is used again.
@@ -99,7 +100,7 @@ def create(
     )
     total = connection.execute("SELECT count(*) FROM run WHERE model = ?", (model,)).fetchone()[0]
     identity, now = f"{model}-{total + 1:05d}", time.time()
-    if not journal.claim(connection, model, identity, examples_max):
+    if not journal.claim(connection, model, identity, examples_max, share):
         return None
     connection.execute(
         "INSERT INTO run (id, model, state, trigger, update_number, parent_version, created_at, updated_at)"

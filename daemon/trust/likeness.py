@@ -52,6 +52,8 @@ def _key(model: str, band: int, rows: list[int]) -> int:
 
 def likeness(one: str, other: str) -> float:
     """Jaccard similarity of two texts as `said` gives them, 0 to 1."""
+    if one == other:
+        return 1.0
     first, second = _runs(one), _runs(other)
     return len(first & second) / len(first | second)
 

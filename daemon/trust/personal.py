@@ -12,7 +12,7 @@ from typing import Any
 
 from daemon.trust.policy import Personal
 
-_EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)*\.[^\W\d_]{2,24}")
+_EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){0,8}\.[^\W\d_]{2,24}")
 _IBAN = re.compile(r"\b[A-Za-z]{2}\d{2}(?:[ -]?[A-Za-z0-9]{4}){2,7}(?:[ -]?[A-Za-z0-9]{1,3})?\b")
 _CARD = re.compile(r"(?<![\w-])\d(?:[ -]?\d){12,18}(?![\w-])")
 _IP = re.compile(r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7})(?![\w:]|\.\d)")
@@ -44,14 +44,15 @@ def _phone(text: str) -> Iterator[tuple[int, int]]:
     if _DIGITS.search(text):
         from phonenumbers import Leniency, PhoneNumberMatcher
 
-        # without a country only international numbers can be told from other digits, with one also its own
-        for region in (None, *REGIONS):
-            found = PhoneNumberMatcher(text, region, leniency=Leniency.VALID)
-            yield from ((match.start, match.end) for match in found)
+        # in the international form, or as it is written in one of these countries
+        for region, leniency in ((None, Leniency.VALID), *((each, Leniency.STRICT_GROUPING) for each in REGIONS)):
+            for found in PhoneNumberMatcher(text, region, leniency=leniency, max_tries=TRIES_MAX):
+                yield found.start, found.end
 
 
 REGIONS = ("US", "DE", "GB", "ES")
-"""National numbers are looked for by the numbering plans of these countries, and only where they are grouped."""
+TRIES_MAX = 200
+"""A text of nothing but digits has no claim to more time than this."""
 
 
 def _ip(text: str) -> Iterator[tuple[int, int]]:
@@ -76,9 +77,18 @@ def redact(text: str, kinds: Collection[Personal]) -> str:
         return text
     for kind, find in _FINDERS.items():
         if kind in kinds:
-            for start, end in sorted(set(find(text)), reverse=True):
-                text = f"{text[:start]}[{kind}]{text[end:]}"
+            text = _without(text, sorted(find(text)), f"[{kind}]")
     return text
+
+
+def _without(text: str, places: list[tuple[int, int]], mark: str) -> str:
+    """Places may overlap: two countries may know the same number."""
+    parts, at = [], 0
+    for start, end in places:
+        if start >= at:
+            parts += [text[at:start], mark]
+        at = max(at, end)
+    return "".join(parts) + text[at:]
 
 
 _KEPT = frozenset(

@@ -34,6 +34,10 @@ def open_backend(parallel: Parallel, device: str) -> Backend:
             from strategies.parallel.horovod import HorovodParallel
 
             backend = HorovodParallel()
+        case "horovod":
+            from strategies.parallel.horovod import HorovodParallel
+
+            backend = HorovodParallel()
         case other:
             raise Failure("bad_parallel", f"backend = '{other}' is not built")
     if parallel.executor != "ray" and backend.size != parallel.processes:

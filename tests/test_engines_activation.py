@@ -228,6 +228,7 @@ REFERENCE = Canary(prompt="p", token_ids=[1, 2], logprobs=[-1.0, -2.0], base_log
     [
         ([[-1.0, -2.0]], [[-2.0, -4.0]], None),
         ([[-1.05, -2.05]], [[-2.0, -4.0]], None),
+        ([[-1.05, -2.05]], [[-1.05, -2.05]], None),  # it is the engine's base that is wrong
         ([[-1.2, -2.2]], [[-2.0, -4.0]], "not answer like the candidate"),
         ([[-2.0, -4.0]], [[-2.0, -4.0]], "like the base"),
         ([[-1.0]], [[-2.0]], "not answer like the candidate"),

@@ -9,6 +9,9 @@ TOLERANCE_NATS = 0.1
 """Mean difference per token between trainer and engine that number formats explain (bfloat16 against float32)."""
 SMALLEST_EFFECT_NATS = 1e-3
 """Canaries that an adapter changes by less cannot prove that it is served."""
+UNMISTAKABLE = 0.25
+"""So near to the candidate, as a share of the effect, the base cannot be. Then the engine's own base need not be far:
+vLLM's CPU build (0.32) answers for the base with the adapter in its last slot when both run in one batch."""
 
 
 class Match(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,7 +45,7 @@ def judge(
     )
     if not match.effect >= SMALLEST_EFFECT_NATS or match.effect == float("inf"):
         raise ProbeFailed(f"{name}: the canaries cannot tell it from the base ({numbers}); choose other canary prompts")
-    if not match.to_base >= match.effect / 2:
+    if not (match.to_base >= match.effect / 2 or match.to_reference <= match.effect * UNMISTAKABLE):
         raise ProbeFailed(f"{name}: the engine answers like the base ({numbers})")
     if not match.to_reference <= tolerance:
         raise ProbeFailed(f"{name}: the engine does not answer like the candidate ({numbers})")

@@ -86,6 +86,8 @@ class Distill(msgspec.Struct, frozen=True, tag_field="name", tag="distill", forb
     """`base`: the model without adapter; `previous`: the version that the run continues."""
     on: Literal["general", "replay", "both", "all"] = "both"
     """On which examples the model is held to its teacher; `all`: on the new ones as well, as the paper does."""
+    anchor_only: bool = True
+    """General examples are held and not learned: no loss of their own, only the divergence's mean over their tokens."""
     temperature: Positive = 1.0
     """T of both sides; above 1 the less likely answers count more."""
     top: Count = 20

@@ -39,6 +39,8 @@ class Item:
     """Its weight in the replay buffer (`buffers.example.reservoir_weight`)."""
     was_cut: bool = False
     """Whether it was longer than `sequence_tokens`."""
+    is_anchor: bool = False
+    """Held to a teacher and not learned: its tokens have no loss of their own (see `strategies.distill`)."""
 
     @property
     def is_preference(self) -> bool:
@@ -73,6 +75,9 @@ class MicroBatch:
     """(label rows,) int64: which of the sequences a row belongs to"""
     batch_label_tokens: int
     """Label tokens of the optimiser batch's items with a token loss: the denominator of its mean loss"""
+    batch_anchor_tokens: int
+    """Label tokens of its anchors: the denominator of their mean divergence. A text of a hundred tokens beside answers
+    of five would otherwise leave the answers next to nothing of the step"""
     batch_items: int
     """Items of the optimiser batch"""
 
@@ -138,9 +143,17 @@ def _completion_tokens(example: Example, completion: str, tokenizer: Any) -> lis
 
 
 def batches(items: Sequence[Item], batch_examples: int, seed: int, epoch: int) -> list[list[Item]]:
-    """The optimiser batches of one epoch: every item once, in an order that only `seed` and `epoch` decide."""
-    order = list(items)
-    random.Random(f"{seed}/{epoch}").shuffle(order)
+    """The optimiser batches of one epoch: every item once, in an order that only `seed` and `epoch` decide.
+
+    Anchors are spread evenly: two steps without one would be two steps that nothing holds.
+    """
+    draw = random.Random(f"{seed}/{epoch}")
+    order = [item for item in items if not item.is_anchor]
+    anchors = [item for item in items if item.is_anchor]
+    draw.shuffle(order)
+    draw.shuffle(anchors)
+    for place, anchor in enumerate(anchors):
+        order.insert((2 * place + 1) * len(items) // (2 * len(anchors)), anchor)
     return [order[place : place + batch_examples] for place in range(0, len(order), batch_examples)]
 
 
@@ -153,7 +166,8 @@ def micro_batches(
     the n-th; its denominators are those of the whole batch, so that the parts' gradients add up to the batch's.
     """
     # a batch of nothing but cut prompts has no label and no loss; its denominator must not be 0
-    label_tokens = max(sum(item.label_tokens for item in items if not item.is_preference), 1)
+    label_tokens = max(sum(item.label_tokens for item in items if not item.is_preference and not item.is_anchor), 1)
+    anchor_tokens = max(sum(item.label_tokens for item in items if item.is_anchor), 1)
     ordered = sorted(items, key=lambda item: (item.is_preference, -_length(item), item.index))
     groups: list[list[Item]] = []
     for item in ordered[part[0] :: part[1]]:
@@ -161,13 +175,13 @@ def micro_batches(
             groups[-1].append(item)
         else:
             groups.append([item])
-    return [_stack(tuple(group), label_tokens, len(items), pad) for group in groups]
+    return [_stack(tuple(group), label_tokens, anchor_tokens, len(items), pad) for group in groups]
 
 
 def empty_micro_batch() -> MicroBatch:
     """One token, no item and no label row: every sum over it is empty, and so is its gradient."""
     none, token = torch.zeros(0, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
-    return MicroBatch((), token, torch.ones_like(token, dtype=torch.bool), none, none, none, 1, 1)
+    return MicroBatch((), token, torch.ones_like(token, dtype=torch.bool), none, none, none, 1, 1, 1)
 
 
 def _fits(item: Item, group: list[Item], micro_batch_tokens: int) -> bool:
@@ -180,11 +194,11 @@ def _length(item: Item) -> int:
     return max(len(item.tokens), len(item.rejected or ()))
 
 
-def _stack(items: tuple[Item, ...], label_tokens: int, batch_items: int, pad: int) -> MicroBatch:
+def _stack(items: tuple[Item, ...], label_tokens: int, anchor_tokens: int, batch_items: int, pad: int) -> MicroBatch:
     rejecting = [item for item in items if item.rejected is not None]
     sequences = [item.tokens for item in items] + [item.rejected or () for item in rejecting]
     starts = [item.start for item in (*items, *rejecting)]
-    return MicroBatch(items, *_pad_and_index(sequences, starts, pad), label_tokens, batch_items)
+    return MicroBatch(items, *_pad_and_index(sequences, starts, pad), label_tokens, anchor_tokens, batch_items)
 
 
 def _pad_and_index(

@@ -96,7 +96,8 @@ class DarkReplay(Learner, supports_distributed=True):
         teachers = [self._answer(item) for item in micro.items]
         if not any(teachers):
             return None
-        return HeldRows(micro, teachers, self.parameters.strength / micro.batch_label_tokens)
+        weight = self.parameters.strength / micro.batch_label_tokens
+        return HeldRows(micro, teachers, [weight] * len(micro.items))
 
     def after_training_exp(self, strategy: Loop, *_: Any, **__: Any) -> None:
         """Store what the kept weights say about the rows that were new, and drop all but `cap`."""

@@ -13,6 +13,7 @@ Dividing by all label tokens of the batch makes every held row weigh the same, h
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,19 +54,24 @@ def _model_buckets(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 class HeldRows:
-    """A `RowTerm`: weight x the sum of `divergence` over those label rows that have a teacher."""
+    """A `RowTerm`: the sum of weight x `divergence` over those label rows that have a teacher."""
 
     def __init__(
-        self, micro: MicroBatch, teachers: Sequence[TopLogProbabilities | None], weight: float, temperature: float = 1.0
+        self,
+        micro: MicroBatch,
+        teachers: Sequence[TopLogProbabilities | None],
+        weights: Sequence[float],
+        temperature: float = 1.0,
     ) -> None:
-        """teachers: one per item of `micro`, None for the items that are not held."""
+        """teachers, weights: one per item of `micro`; no teacher for the items that are not held."""
         known = [teacher for teacher in teachers if teacher is not None]
         self.tokens = torch.cat([teacher.tokens for teacher in known])  # (held rows, K)
         self.logprobs = torch.cat([teacher.logprobs for teacher in known])
         owner = micro.owner.to(self.tokens.device)
         self.held = torch.tensor([teacher is not None for teacher in teachers]).to(owner.device)[owner]  # (label rows,)
         self.place = self.held.cumsum(0) - 1  # label row -> its place among the held rows
-        self.weight, self.temperature = weight, temperature
+        self.weights = torch.tensor(weights).to(owner.device)[owner][self.held]  # (held rows,)
+        self.temperature = temperature
         if int(self.held.sum()) != len(self.tokens):
             raise ValueError(f"{int(self.held.sum())} label rows are held, their teacher has {len(self.tokens)}")
 
@@ -76,7 +82,15 @@ class HeldRows:
         tokens = self.tokens[place].to(logits.device, torch.int64)
         logprobs = self.logprobs[place].to(logits.device, torch.float32)
         values = divergence(logits[held.to(logits.device)], tokens, logprobs, self.temperature)
-        return self.weight * values.sum()
+        return (self.weights[place].to(values.device) * values).sum()
+
+
+def anchored(general: list[Item], strategies: Sequence[catalog.Strategy]) -> list[Item]:
+    """The general items of a run; marked as anchors where `distill` is to hold them and nothing is to learn them."""
+    holding = [each for each in strategies if isinstance(each, catalog.Distill) and "general" in ROLES[each.on]]
+    if not any(each.anchor_only for each in holding):
+        return general
+    return [replace(item, is_anchor=True) for item in general if is_sequence(item)]
 
 
 def is_sequence(item: Item) -> bool:
@@ -115,9 +129,11 @@ class Distillation(Learner, supports_distributed=True):
         teachers = [self.teachers.get(item) for item in micro.items]
         if not any(teachers):
             return None
-        return HeldRows(
-            micro, teachers, self.parameters.strength / micro.batch_label_tokens, self.parameters.temperature
-        )
+        weights = [
+            self.parameters.strength / (micro.batch_anchor_tokens if item.is_anchor else micro.batch_label_tokens)
+            for item in micro.items
+        ]
+        return HeldRows(micro, teachers, weights, self.parameters.temperature)
 
     def after_training_exp(self, strategy: Loop, *_: Any, **__: Any) -> None:  # noqa: ARG002 - the callback's contract
         """The answers belong to this update's rows."""

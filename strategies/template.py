@@ -305,7 +305,11 @@ class Template(SupervisedTemplate[Any, Any, Any]):
         self, micro: MicroBatch, hidden: Tensor, share: float = 1.0, terms: Sequence[RowTerm] = ()
     ) -> Tensor:
         targets = micro.targets.to(self.device)
-        return token_loss(hidden, self.adapter.head, targets, share / micro.batch_label_tokens, list(terms))[0]
+        weight: float | Tensor = share / micro.batch_label_tokens
+        if any(item.is_anchor for item in micro.items):
+            learned = torch.tensor([float(not item.is_anchor) for item in micro.items])
+            weight = (learned[micro.owner] * weight).to(self.device)
+        return token_loss(hidden, self.adapter.head, targets, weight, list(terms))[0]
 
     def _preference_loss(self, micro: MicroBatch, policy: Tensor) -> Tensor:
         reference = torch.stack([self._reference[item] for item in micro.items])

@@ -38,7 +38,7 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Head, targets: Tensor, weight: float, terms: list[RowTermOfChunk]
+        ctx: Any, hidden: Tensor, head: Head, targets: Tensor, weight: float | Tensor, terms: list[RowTermOfChunk]
     ) -> tuple[Tensor, Tensor]:
         gradient = torch.empty_like(hidden)
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
@@ -46,11 +46,12 @@ class _TokenLoss(torch.autograd.Function):
         for start in range(0, len(hidden), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
             chunk = _plain_chunk if not terms and not head.cap and head.scale == 1.0 else _general_chunk
-            losses[rows], gradient[rows], value = chunk(hidden[rows], head, targets[rows], weight, terms, rows)
+            share = weight[rows] if isinstance(weight, Tensor) else weight
+            losses[rows], gradient[rows], value = chunk(hidden[rows], head, targets[rows], share, terms, rows)
             extra += value
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(losses)
-        return losses.sum() * weight + extra, losses
+        return (losses * weight).sum() + extra, losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -62,7 +63,7 @@ def _plain_chunk(
     hidden: Tensor,
     head: Head,
     targets: Tensor,
-    weight: float,
+    weight: float | Tensor,
     terms: list[RowTermOfChunk],  # noqa: ARG001 - as `_general_chunk`
     rows: slice,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, float]:
@@ -72,27 +73,28 @@ def _plain_chunk(
     losses = -logprobs.gather(1, picked).squeeze(1)
     delta = logprobs.exp_()
     delta.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=delta.dtype))
-    return losses, (delta.to(hidden.dtype) @ head.weight).mul_(weight), 0.0
+    by_row = weight[:, None].to(hidden.dtype) if isinstance(weight, Tensor) else weight
+    return losses, (delta.to(hidden.dtype) @ head.weight).mul_(by_row), 0.0
 
 
 def _general_chunk(
-    hidden: Tensor, head: Head, targets: Tensor, weight: float, terms: list[RowTermOfChunk], rows: slice
+    hidden: Tensor, head: Head, targets: Tensor, weight: float | Tensor, terms: list[RowTermOfChunk], rows: slice
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_()
         logits = head.logits(leaf)
         losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         extra = torch.stack([torch.zeros((), device=logits.device), *(term(logits, rows) for term in terms)]).sum()
-        (gradient,) = torch.autograd.grad(losses.sum() * weight + extra, leaf)
+        (gradient,) = torch.autograd.grad((losses * weight).sum() + extra, leaf)
     return losses.detach(), gradient, extra.detach()
 
 
 def token_loss(
-    hidden: Tensor, head: Head, targets: Tensor, weight: float, terms: list[RowTermOfChunk] | None = None
+    hidden: Tensor, head: Head, targets: Tensor, weight: float | Tensor, terms: list[RowTermOfChunk] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(weight * sum of NLL + row terms, differentiable in hidden; NLL of every row, not differentiable).
+    """(sum of weight * NLL + row terms, differentiable in hidden; NLL of every row, not differentiable).
 
-    hidden: (rows, hidden)  targets: (rows,) int64
+    hidden: (rows, hidden)  targets: (rows,) int64  weight: one for all rows, or (rows,)
     """
     return _TokenLoss.apply(hidden, head, targets, weight, terms or [])
 

@@ -33,6 +33,7 @@ from strategies.canary import canaries
 from strategies.catalog import Replay
 from strategies.course import train
 from strategies.dataset import Item, tokenise
+from strategies.distill import anchored
 from strategies.evaluate import Probes, evaluation, has_token_loss, standing
 from strategies.failure import Failure
 from strategies.forward import token_losses
@@ -65,6 +66,7 @@ def update(run_directory: Path, request: RunRequest, pulse: Pulse, backend: Back
     adapter.work_with(backend)
     items = read_items(run_directory, request, adapter)
     add_general(items, request, adapter, on_progress=lambda: pulse.enter("load"))
+    items["general"] = anchored(items["general"], request.strategies)
     probes = take_probes(items)
 
     pulse.enter("baseline")

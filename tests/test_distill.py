@@ -1,14 +1,20 @@
 """Distillation against the dense KL over the whole vocabulary and against the K + 1 buckets computed directly."""
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from strategies.dataset import Item, MicroBatch, micro_batches
+from strategies import catalog
+from strategies.adapter import load_adapter
+from strategies.dataset import Item, MicroBatch, batches, micro_batches
 from strategies.derpp import Answers
-from strategies.distill import HeldRows, divergence
+from strategies.distill import Distillation, HeldRows, anchored, divergence
+from strategies.request import Lora, Training
+from strategies.template import Template
 
 
 def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -95,7 +101,7 @@ def test_row_term_holds_only_the_rows_that_have_a_teacher(pair: tuple[Tensor, Te
     teacher, model = pair
     micro = micro_of(item(3), item(4))  # rows 0-2 held, rows 3-4 free
     tokens, logprobs = top(teacher[:3], 6)
-    term = HeldRows(micro, [Answers(0.0, tokens.int(), logprobs), None], weight=0.25)
+    term = HeldRows(micro, [Answers(0.0, tokens.int(), logprobs), None], [0.25, 9.0])
     model.requires_grad_()
     value = term(model[0:2], slice(0, 2)) + term(model[2:5], slice(2, 5))
     torch.testing.assert_close(value, 0.25 * divergence(model[:3], tokens, logprobs, 1.0).sum())
@@ -108,7 +114,7 @@ def test_a_teacher_of_other_rows_is_refused() -> None:
     """Answers that do not belong to the item are an error, not a silent shift of rows."""
     answers = Answers(0.0, torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2, 1))
     with pytest.raises(ValueError, match="3 label rows are held, their teacher has 2"):
-        HeldRows(micro_of(item(4)), [answers], weight=1.0)
+        HeldRows(micro_of(item(4)), [answers], [1.0])
 
 
 def test_buckets_bound_the_dense_kl_from_below(pair: tuple[Tensor, Tensor]) -> None:
@@ -117,3 +123,42 @@ def test_buckets_bound_the_dense_kl_from_below(pair: tuple[Tensor, Tensor]) -> N
     values = [float(divergence(model, *top(teacher, count), temperature=1.0).sum()) for count in (1, 5, 20, 40)]
     assert values == sorted(values)
     assert not math.isclose(values[0], values[-1])
+
+
+def test_anchors_are_held_and_not_learned(tiny_base: Path) -> None:
+    """With anchors in the batch the answers' loss is what it is without them; the anchors add their mean divergence."""
+    adapter = load_adapter(tiny_base, Lora(rank=2, dropout=0.0), precision="float32")
+    answer, anchor = item(3), replace(item(6), is_anchor=True)
+    adapter.assign(torch.randn(len(adapter.flat), generator=torch.Generator().manual_seed(5)) * 0.05)
+
+    def gradient(items: list[Item], learners: list[Distillation]) -> Tensor:
+        loop = Template(adapter=adapter, training=Training(), items={"general": [anchor]}, learners=learners)
+        for learner in learners:
+            learner.before_training_exp(loop)
+        loop.step_items = items
+        adapter.gradient.zero_()
+        loop._accumulate()
+        return adapter.gradient.clone()
+
+    alone = gradient([answer], [])
+    held = gradient([anchor], [Distillation(catalog.Distill(on="general"))])
+    assert held.norm() > 0
+    both = gradient([answer, anchor], [Distillation(catalog.Distill(on="general"))])
+    torch.testing.assert_close(both, alone + held, rtol=1e-4, atol=1e-7)
+
+
+def test_general_text_is_an_anchor_only_where_it_is_held() -> None:
+    """`anchor_only` marks sequences, and nothing where distill holds other rows or is to learn them."""
+    general = [item(4), replace(item(4), shape="boolean", label=True)]
+    assert [each.is_anchor for each in anchored(general, [catalog.Distill(on="general")])] == [True]
+    for other in (catalog.Replay(), catalog.Distill(on="replay"), catalog.Distill(anchor_only=False)):
+        assert anchored(general, [other]) == general
+
+
+def test_anchors_are_spread_over_the_batches() -> None:
+    """Four anchors among twelve answers: one in every batch of four, in every epoch."""
+    items = [item(3) for _ in range(12)] + [replace(item(5), is_anchor=True) for _ in range(4)]
+    for epoch in range(5):
+        cut = batches(items, 4, seed=1, epoch=epoch)
+        assert [sum(each.is_anchor for each in batch) for batch in cut] == [1, 1, 1, 1]
+        assert sorted(map(id, (each for batch in cut for each in batch))) == sorted(map(id, items))

@@ -149,7 +149,8 @@ def commented(model: str, base: Path) -> str:
         if name == "trust.sources.NAME":
             continue  # of which sources there are any, only the operator knows
         header = name.replace("engines.NAME", "engines.local").replace("models.NAME", f"models.{model}")
-        lines += _table_lines(header, table, given)
+        # other tables may have a key of the same name: `engine` of the tuning is no server
+        lines += _table_lines(header, table, given if table in (config.Config, config.Engine, config.Model) else {})
     for name, strategy in BY_NAME.items():
         lines += _strategy_lines(model, name, strategy)
     return "\n".join(lines).rstrip() + "\n"

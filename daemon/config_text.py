@@ -138,6 +138,10 @@ def _default(field: msgspec.structs.FieldInfo) -> str | None:
 # -- the file that `eternad init` writes ------------------------------------------------------------------------------
 
 
+GIVEN_TABLES = (config.Config, config.Engine, config.Model, config.Web)
+"""Where `commented` sets keys; other tables may have some of the same name: `engine` of the tuning is no server."""
+
+
 def commented(model: str, base: Path) -> str:
     """A configuration that works once `base` holds a model: required keys are set, the rest is commented out."""
     given = {
@@ -149,8 +153,7 @@ def commented(model: str, base: Path) -> str:
         if name == "trust.sources.NAME":
             continue  # of which sources there are any, only the operator knows
         header = name.replace("engines.NAME", "engines.local").replace("models.NAME", f"models.{model}")
-        # other tables may have a key of the same name: `engine` of the tuning is no server
-        lines += _table_lines(header, table, given if table in (config.Config, config.Engine, config.Model) else {})
+        lines += _table_lines(header, table, given if table in GIVEN_TABLES else {})
     for name, strategy in BY_NAME.items():
         lines += _strategy_lines(model, name, strategy)
     return "\n".join(lines).rstrip() + "\n"

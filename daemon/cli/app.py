@@ -7,6 +7,7 @@ import typer
 from daemon.cli import (
     ask,
     backup,
+    board,
     buffer,
     context,
     doctor,
@@ -68,6 +69,8 @@ for command, panel in (
     (status.status, LOOK), (past.history, LOOK), (show.show, LOOK), (past.versions, LOOK),
     (influence.influence, LOOK), (past.log, LOOK),
     (ask.ask, LOOK), (doctor.doctor, LOOK),
+    (status.status, LOOK), (past.history, LOOK), (show.show, LOOK), (past.versions, LOOK), (past.log, LOOK),
+    (ask.ask, LOOK), (doctor.doctor, LOOK), (board.tensorboard, LOOK),
     (orders.scan, ACT), (update.update, ACT), (orders.rollback, ACT), (orders.canary, ACT), (orders.promote, ACT),
     (orders.pause, ACT), (orders.resume, ACT),
     (orders.cancel, ACT), (orders.requeue, ACT), (orders.reload, ACT),

@@ -13,6 +13,8 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import json
+import random
 import shutil
 import sys
 import tomllib
@@ -26,9 +28,11 @@ from bench import chain
 from bench.chain import ROOT, Setting
 from bench.forgetting_report import Cell, Cost, write_report
 from bench.scoring import Drift, Task, TaskRow, drift, read_task, task_score
+from buffers.experience import Recipe, general_rows
 from buffers.policy import Buffer
 from strategies.adapter import Adapter, load_adapter
 from strategies.catalog import AGem, Distill, Ewc, Gem, Replay, Strategy
+from strategies.general import kept_or_written
 from strategies.lore import generate, rows
 from strategies.request import Lora, write
 
@@ -56,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     recipes = RECIPES | (_read_recipes(given.recipes) if given.recipes else {})
     torch.set_num_threads(setting.threads)
     adapter = load_adapter(setting.base, Lora(rank=setting.rank, alpha=2.0 * setting.rank))
+    if not setting.probes:
+        setting = replace(setting, probes=own_words(setting, adapter))
     cells = []
     for seed in given.seeds:
         sequence = [setting.limited(task) for task in tasks_of(given, seed)]
@@ -73,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--lore", type=_numbers, default=[4, 40], help="TASKS,FACTS of generated lore [4,40]")
     parser.add_argument("--order", type=_names, help="task names in their order [all, by name]")
     parser.add_argument("--strategies", type=_names, default=["naive", "replay", "replay+distill"])
-    parser.add_argument("--recipes", type=Path, help="TOML: NAME = [{name = 'replay', ratio = 0.3}, ...]")
+    parser.add_argument("--recipes", type=Path, help="TOML or JSON: NAME = [{name = 'replay'}, ...]")
     parser.add_argument("--seeds", type=_numbers, default=[0])
     parser.add_argument("--base", type=Path, default=ROOT / ".cache" / "base" / "smollm2-135m")
     parser.add_argument("--general", type=Path, default=ROOT / "examples" / "biblioteca" / "general")
@@ -104,8 +110,8 @@ def setting_of(given: argparse.Namespace) -> Setting:
     files = sorted(given.general.glob("*.txt"))
     probes = [text.strip() for file in files[1::2] for text in file.read_text("utf-8").split("\n\n") if text.strip()]
     setting = Setting(
-        base=given.base, work=given.work / given.title, learning_rate=given.learning_rate, rank=given.rank,
-        threads=given.threads, test_rows=given.test_rows, fact_presentations=given.presentations,
+        base=given.base.absolute(), work=given.work.absolute() / given.title, learning_rate=given.learning_rate,
+        rank=given.rank, threads=given.threads, test_rows=given.test_rows, fact_presentations=given.presentations,
         heldout_fraction=given.heldout, buffer=Buffer(examples=given.buffer), probes=tuple(probes),
     )  # fmt: skip
     setting.anchors.mkdir(parents=True, exist_ok=True)
@@ -117,8 +123,16 @@ def setting_of(given: argparse.Namespace) -> Setting:
     return setting
 
 
+def own_words(setting: Setting, adapter: Adapter) -> tuple[str, ...]:
+    """Without general text: what the base model wrote itself, those texts that no trainer rehearses."""
+    written = kept_or_written(setting.base, setting.work / "cache", adapter)
+    found = general_rows(written, 0, Recipe().probe_texts, random.Random(0))
+    return tuple(row.example.completion for row in found)
+
+
 def _read_recipes(path: Path) -> dict[str, list[Strategy]]:
-    return msgspec.convert(tomllib.loads(path.read_text("utf-8")), dict[str, list[Strategy]])
+    read = json.loads if path.suffix == ".json" else tomllib.loads
+    return msgspec.convert(read(path.read_text("utf-8")), dict[str, list[Strategy]])
 
 
 def tasks_of(given: argparse.Namespace, seed: int) -> list[Task]:

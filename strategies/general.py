@@ -61,17 +61,19 @@ def add_general(
     draw = random.Random(f"{request.seed}/{request.model}/{request.update_number}")
     taught = len(items["new"]) + len(items["replay"]) * request.rebase
     wanted, first = general_wanted(taught, ratio), sum(map(len, items.values()))
-    found = general_rows(kept_or_written(request, adapter, on_progress), wanted, Recipe().probe_texts, draw)
+    written = kept_or_written(request.base_path, request.general_cache, adapter, on_progress)
+    found = general_rows(written, wanted, Recipe().probe_texts, draw)
     for index, row in enumerate(found, start=first):
         item = tokenise(row, index, adapter.tokenizer, request.training.sequence_tokens)
         # a sample that was cut off has not ended: its end is not to be learned
         items[row.role].append(replace(item, tokens=item.tokens[: item.start + TOKENS]))
 
 
-def kept_or_written(request: RunRequest, adapter: Adapter, on_progress: Callable[[], None]) -> list[Example]:
+def kept_or_written(
+    base_path: Path, cache: Path, adapter: Adapter, on_progress: Callable[[], None] = lambda: None
+) -> list[Example]:
     """What this base model wrote the first time it was asked; a damaged file is written anew."""
-    assert request.general_cache is not None  # `add_general` has looked
-    path = request.general_cache / f"{base_sha256(request.base_path, request.general_cache)}.jsonl"
+    path = cache / f"{base_sha256(base_path, cache)}.jsonl"
     try:
         return [parse(line) for line in path.read_bytes().splitlines()]
     except (FileNotFoundError, msgspec.MsgspecError):

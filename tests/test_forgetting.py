@@ -1,5 +1,7 @@
 """The forgetting bench: scores by one forward pass, cells that are kept, and the page it writes."""
 
+import random
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +16,11 @@ from bench.forgetting import tasks_of
 from bench.forgetting_report import Cell, Cost, growth, write_report
 from bench.pictures import curves, heat_maps
 from bench.scoring import Task, TaskRow, chosen, drift, read_task, recalled, task_score
+from buffers.experience import general_rows
+from daemon import cli
 from strategies.adapter import Adapter, load_adapter
 from strategies.catalog import Distill, Replay
+from strategies.general import kept_or_written
 from strategies.request import Lora
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -126,6 +131,47 @@ def test_bench_measures_every_cell_once_and_writes_the_page(
     monkeypatch.setattr(chain, "train", lambda _: pytest.fail("a finished cell was trained again"))
     assert bench(*arguments) == 0
     assert set(capsys.readouterr().out.splitlines()) <= set(first.splitlines())
+
+
+def test_the_command_measures_a_model_of_the_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its base, settings and own strategies, in a child; what the child says of itself is the command's outcome."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "eternad.toml").write_text(
+        'library_directory = "l"\nstate_directory = "s"\n[engines.e]\n[models.npc]\nbase_path = "base"\nengine = "e"\n'
+        '[models.npc.training]\nlearning_rate = 0.001\n[[models.npc.strategy]]\nname = "replay"\nratio = 0.4\n'
+    )
+    called: list[list[str]] = []
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[bytes]:
+        called.append(command)
+        return subprocess.CompletedProcess(command, len(called) - 1)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    options = ["bench", "npc", "--quick", "-o", str(tmp_path / "out"), "-c", str(tmp_path / "eternad.toml")]
+    assert cli.main(options) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/out/forgetting-npc.md\n"
+    given = forgetting._parser().parse_args(called[0][3:])
+    assert (given.base, given.learning_rate, given.title, given.quick) == (tmp_path / "base", 1e-3, "npc", True)
+    assert given.strategies == ["naive", "configured"]
+    assert forgetting._read_recipes(given.recipes) == {"configured": [Replay(ratio=0.4)]}
+    assert cli.main(options) == 1
+    assert "status 1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_without_general_text_the_drift_is_measured_on_what_the_base_wrote(tiny_base: Path, tmp_path: Path) -> None:
+    """On those texts that no trainer rehearses: the trainers' own probes."""
+    given = forgetting._parser().parse_args([f"--general={tmp_path / 'none'}", f"--work={tmp_path}"])
+    setting = replace(forgetting.setting_of(given), base=tiny_base)
+    adapter = load_adapter(tiny_base, Lora(rank=4, alpha=8.0))
+    probes = forgetting.own_words(setting, adapter)
+    assert setting.probes == () and probes
+    written = kept_or_written(tiny_base, setting.work / "cache", adapter)
+    rehearsed = {row.example.completion for row in general_rows(written, 1000, 0, random.Random(0))}
+    assert not set(probes) & rehearsed
 
 
 def test_lore_of_a_bench_differs_from_seed_to_seed(bench: Callable[..., int]) -> None:

@@ -85,20 +85,20 @@ def test_what_was_written_once_is_kept_by_the_bases_hash(
 ) -> None:
     """A second run reads it, and leaves no other file behind than the cache."""
     asked = request(tiny_base, tmp_path / "cache")
-    written = kept_or_written(asked, adapter, lambda: None)
+    written = kept_or_written(asked.base_path, asked.general_cache, adapter, lambda: None)
     assert (tmp_path / "cache" / f"{base_sha256(tiny_base)}.jsonl").read_bytes().count(b"\n") == len(written)
     monkeypatch.setattr(general, "write_general", never)
-    assert kept_or_written(asked, adapter, never) == written
+    assert kept_or_written(asked.base_path, asked.general_cache, adapter, never) == written
     assert not [path for path in (tmp_path / "cache").iterdir() if path.name.endswith(".tmp")]
 
 
 def test_a_damaged_cache_is_written_anew(tiny_base: Path, tmp_path: Path, adapter: Adapter) -> None:
     """A cache may be lost at any time."""
     asked = request(tiny_base, tmp_path)
-    written = kept_or_written(asked, adapter, lambda: None)
+    written = kept_or_written(asked.base_path, asked.general_cache, adapter, lambda: None)
     (path,) = tmp_path.glob("*.jsonl")
     path.write_bytes(path.read_bytes()[:-9])
-    assert kept_or_written(asked, adapter, lambda: None) == written
+    assert kept_or_written(asked.base_path, asked.general_cache, adapter, lambda: None) == written
 
 
 def test_drift_is_measured_on_what_is_never_rehearsed(tiny_base: Path, tmp_path: Path, adapter: Adapter) -> None:

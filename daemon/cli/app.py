@@ -7,6 +7,7 @@ import typer
 from daemon.cli import (
     ask,
     backup,
+    bench,
     board,
     buffer,
     context,
@@ -74,7 +75,7 @@ for command, panel in (
     (orders.scan, ACT), (update.update, ACT), (orders.rollback, ACT), (orders.canary, ACT), (orders.promote, ACT),
     (orders.pause, ACT), (orders.resume, ACT),
     (orders.cancel, ACT), (orders.requeue, ACT), (orders.reload, ACT),
-    (orders.gc, ACT), (review.erase, ACT), (tune.tune, ACT), (plan.plan, LOOK),
+    (orders.gc, ACT), (review.erase, ACT), (tune.tune, ACT), (bench.bench, LOOK), (plan.plan, LOOK),
     (foreground.run, HOUSE), (foreground.serve, HOUSE), (gateway.gateway, HOUSE),
     (setup.init, HOUSE), (setup.check_config, HOUSE), (backup.backup, HOUSE), (backup.restore, HOUSE),
     (setup.install_units, HOUSE), (setup.uninstall_units, HOUSE), (setup.completion, HOUSE),

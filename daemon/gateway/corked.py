@@ -9,7 +9,6 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-
 HEAD_BYTES_MAX = 64 * 1024
 
 

@@ -69,8 +69,6 @@ LOOK, ACT, HOUSE = "Look", "Act", "Set up"
 for command, panel in (
     (status.status, LOOK), (past.history, LOOK), (show.show, LOOK), (past.versions, LOOK),
     (influence.influence, LOOK), (past.log, LOOK),
-    (ask.ask, LOOK), (doctor.doctor, LOOK),
-    (status.status, LOOK), (past.history, LOOK), (show.show, LOOK), (past.versions, LOOK), (past.log, LOOK),
     (ask.ask, LOOK), (doctor.doctor, LOOK), (board.tensorboard, LOOK),
     (orders.scan, ACT), (update.update, ACT), (orders.rollback, ACT), (orders.canary, ACT), (orders.promote, ACT),
     (orders.pause, ACT), (orders.resume, ACT),

@@ -130,14 +130,18 @@ def make_environment(directory: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def booted(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterator[Machine]:
+    """A machine with the tiny base model in `/srv/base`."""
+    yield from boot(tmp_path_factory.mktemp("boot"), tiny_base)
+
+
+def boot(directory: Path, base_model: Path) -> Iterator[Machine]:
     """A machine on which the documented install has been done; it goes away with the test run, however that ends."""
     if reason := why_not():
         pytest.skip(reason)
-    directory = tmp_path_factory.mktemp("boot")
     environment = make_environment(directory / "environment")
     binds = [f"ro:{environment}:/opt/eternad", f"ro:{sysconfig.get_path('purelib')}:/opt/libraries"]
     binds += [f"ro:{ROOT / name}:/opt/checkout/{name}" for name in PACKAGES]
-    base = shutil.copytree(tiny_base, directory / "base")
+    base = shutil.copytree(base_model, directory / "base")
     (base / "model.safetensors").chmod(0o644)  # written for its owner alone
     binds += [f"ro:{base}:/srv/base"]
     holder = subprocess.Popen(

@@ -212,7 +212,7 @@ def test_a_file_system_that_turns_read_only_is_waited_for(make: Make, engine: Me
 
 
 def test_a_start_on_a_read_only_file_system_is_one_sentence(small_disk: Path, tmp_path: Path) -> None:
-    """Exit 74 (EX_IOERR) and what to do, for a state directory that is there and for one that is not."""
+    """Exit 75 (EX_TEMPFAIL) and what to do, for a state directory that is there and for one that is not."""
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text("{}")
     config = tmp_path / "eternad.toml"
@@ -225,7 +225,7 @@ def test_a_start_on_a_read_only_file_system_is_one_sentence(small_disk: Path, tm
         [sys.executable, "-m", "daemon", "run", "--config", str(config)], capture_output=True, text=True, timeout=60,
         check=False,
     )  # fmt: skip
-    assert done.returncode == 74, done.stderr
+    assert done.returncode == 75, done.stderr
     assert "mount it writable" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -4,6 +4,7 @@ import json
 import time
 from typing import Any
 
+import pytest
 from machine_kit import CONFIG, ROOT, Machine, booted, machine
 
 __all__ = ["booted", "machine"]  # fixtures
@@ -82,6 +83,20 @@ def test_a_bad_configuration_is_no_restart_loop(machine: Machine) -> None:
     assert any("paged about eternad.service" in str(e["MESSAGE"]) for e in report)
 
 
+def test_a_damaged_database_is_no_restart_loop(machine: Machine) -> None:
+    """Exit code 74: the unit fails once and stays so, the journal names both commands, and the failure is reported."""
+    machine.run("systemctl", "start", "eternad")
+    machine.run("systemctl", "stop", "eternad")
+    machine.run("sh", "-c", "head -c 4096 /dev/urandom | dd of=/var/lib/eternad/eternad.db conv=notrunc status=none")
+    machine.run("systemctl", "start", "eternad", check=False)
+    time.sleep(4)  # twice RestartSec
+    names = ("ActiveState", "ExecMainStatus", "NRestarts")
+    assert [machine.show("eternad", name) for name in names] == ["failed", "74", "0"]
+    assert "eternad doctor" in machine.messages("eternad")
+    report = machine.messages("eternad-failure@eternad.service.service")
+    assert "eternad.service has failed for good" in report
+
+
 def last_run(machine: Machine) -> dict[str, Any]:
     """The newest run, `{"state": "NONE"}` before there is one."""
     runs: list[dict[str, Any]] = json.loads(machine.eternad("history", "--json"))
@@ -126,6 +141,24 @@ def test_sigterm_in_mid_training_keeps_the_work(machine: Machine) -> None:
     # there is no engine that could make it LIVE
     machine.wait("the end", lambda: last_run(machine)["state"] in ("ACCEPTED", "PUBLISHED"), 120)
     assert (last_run(machine)["id"], last_run(machine)["attempts"]) == ("npc-00001", 0)
+
+
+@pytest.mark.slow
+def test_a_hung_trainer_is_ended_and_the_daemon_goes_on(machine: Machine) -> None:
+    """The trainer stands still: killed after `hang_seconds`, begun again from its checkpoint, one attempt used up."""
+    machine.write("/etc/eternad/eternad.toml", "hang_seconds = 20.0\n" + CONFIG.format(epochs=60))
+    machine.run("systemctl", "start", "eternad")
+    drop_content(machine)
+    machine.wait("step 10", lambda: step(machine) >= 10, 90)
+    daemon = machine.show("eternad", "MainPID")
+    trainer = machine.run("pgrep", "-f", "strategies.train").split()[0]
+    machine.run("kill", "-STOP", trainer)
+    gone = lambda: trainer not in machine.run("pgrep", "-f", "strategies.train", check=False)  # noqa: E731
+    machine.wait("the end of the trainer", gone, 90)
+    machine.wait("the end", lambda: last_run(machine)["state"] in ("ACCEPTED", "PUBLISHED"), 180)
+    assert (last_run(machine)["id"], last_run(machine)["attempts"]) == ("npc-00001", 1)
+    assert "made no progress" in machine.messages("eternad")
+    assert machine.show("eternad", "MainPID") == daemon
 
 
 def test_one_daemon_per_state_directory(machine: Machine) -> None:

@@ -21,6 +21,8 @@ from daemon.state.integrity import DamagedDatabase
 from daemon.state.trouble import trouble_of
 
 EX_OK, EX_TEMPFAIL, EX_CONFIG, EX_IOERR = 0, 75, 78, 74
+PASSING = ("disk_full", "read_only", "io_error", "busy")
+"""Troubles of the storage that may be over at the next start."""
 
 
 class Flags:
@@ -41,7 +43,11 @@ class Flags:
 
 
 def run(config_path: Path) -> int:
-    """Run the daemon until SIGTERM; returns its exit code (sysexits.h: 75 already running, 78 bad configuration)."""
+    """Run the daemon until SIGTERM; returns its exit code (sysexits.h).
+
+    75: another daemon, or a disk that takes nothing: a later start may succeed. 74: a damaged or newer database.
+    78: a bad configuration. The last two need a person, so the unit is not restarted.
+    """
     log.configure()
     flags = Flags()
     flags.install()
@@ -58,6 +64,7 @@ def run(config_path: Path) -> int:
         logger.critical("%s", error)
     except (DatabaseError, DamagedDatabase, OSError) as error:
         logger.critical("%s", why_it_ends(config, error))
+        return EX_TEMPFAIL if trouble_of(error) in PASSING else EX_IOERR
     return EX_IOERR
 
 

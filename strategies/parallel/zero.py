@@ -7,7 +7,7 @@ Stage 2 therefore saves nothing over stage 1 here: the gradient of an adapter is
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,7 +83,8 @@ class ZeroParallel(DataParallel):
         adapter, theta = self._adapter, self._divided.theta
         safe_set_full_fp32_param(theta, adapter.flat)
         self._engine.backward(self._engine(adapter.gradient.clone()))
-        self._engine.step()
+        with without_lora(self._divided.layers):  # it lets go of every weight that it finds
+            self._engine.step()
         with torch.no_grad():
             adapter.flat.copy_(safe_get_full_fp32_param(theta))
 
@@ -129,7 +130,7 @@ def settings(stage: int) -> dict[str, Any]:
 
 
 @contextmanager
-def without_lora(layers: Sequence[nn.Module]) -> Iterator[None]:
+def without_lora(layers: Iterable[nn.Module]) -> Iterator[None]:
     """The LoRA weights are views of one vector that stays whole: for a while they are not there."""
     found = [module for layer in layers for module in layer.modules() if hasattr(module, "lora_A")]
     kept = [(module.lora_A, module.lora_B) for module in found]

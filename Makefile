@@ -34,6 +34,22 @@ test: install ## everything that CI runs: doors, style, types, tests
 test-slow: install ## the long checks: hundreds of kills, ten thousand requests under swaps
 	$(BIN)/python -m pytest -m slow
 
+RAY := .cache/ray
+.PHONY: test-ray bench-tuning
+
+$(RAY)/installed: requirements-ray.lock
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/pip install -q --no-deps --no-compile -r requirements-ray.lock
+	site=$$($(RAY)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+		&& printf '%s\n' $(CURDIR) $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') >$$site/eternad.pth
+	@touch $@
+
+test-ray: install $(RAY)/installed ## updates and searches on a Ray cluster of two raylets (600 MB in .cache/ray)
+	$(RAY)/bin/python -m pytest -m slow tests/test_ray_train.py tests/test_ray_tune.py
+
+bench-tuning: install ## whether `eternad tune` finds settings that are better where it has not looked
+	$(BIN)/python -m bench.tuning
+
 check: .venv/installed ## the doors, style and types
 	$(BIN)/lint-imports
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ head size, m: inner size, V: vocabulary, r: rank, s: tokens of a sequence, n: pa
 What is computed here is checked against measured small models in tests/test_plan.py; `docs/scale.md` has an 8B example.
 """
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,9 @@ FLOPS_CPU_THREAD, FLOPS_GPU = 0.15e12, 400e12
 """Sustained rates that are assumed where none is given: bf16 GEMM of one server core, half of an H100's."""
 MASTER_COPIES = 6
 """float32 vectors of n: weights, gradient, Adam's two, the start of the run, the best so far."""
+
+
+Proposal = Literal["process", "torchrun", "none"]
 
 
 class CannotPlan(Exception):
@@ -115,8 +119,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int
     """Trained tokens of a full update at the most: every epoch, every sequence at its full length."""
     seconds: float
-    executor: Literal["process", "none"]
-    """`none`: no executor that exists here can hold it."""
+    executor: Proposal
+    """`none`: no executor can hold it on these GPUs."""
     advice: str
 
 
@@ -221,11 +225,13 @@ def memory_of(shape: Shape, load: Load) -> Memory:
     )
 
 
-def sharded(memory: Memory, gpus: int) -> int:
-    """Bytes on each of `gpus` if base, adapter and states are divided among them (ZeRO stage 3, arXiv:1910.02054)."""
-    return (memory.base + memory.adapter + memory.strategies) // gpus + (
-        memory.activations + memory.logits + memory.runtime
-    )
+def sharded(memory: Memory, gpus: int, whole: int) -> int:
+    """Bytes on each of `gpus` under `fsdp2`: the decoder's layers are divided (arXiv:2304.11277), all else is not.
+
+    whole: bytes of the base that every GPU keeps, embedding and output layer. The layer that is gathered at the time
+    is left out.
+    """
+    return (memory.base - whole) // gpus + whole + memory.total - memory.base
 
 
 def plan(
@@ -237,7 +243,8 @@ def plan(
     memory, per_token = memory_of(shape, load), flops_per_token(shape, load)
     rate = flops or (FLOPS_GPU if gpus else FLOPS_CPU_THREAD * model.threads)
     tokens = tokens_of(model, load.sequence_tokens)
-    executor, advice = propose(memory, gpus, gpu_memory_gib)
+    whole = (shape.parameters - shape.linear_parameters) * load.bytes_per_weight
+    executor, advice = propose(memory, gpus, gpu_memory_gib, whole)
     return Plan(
         model=name, shape=shape, load=load, parameters=shape.parameters, memory=memory, memory_total=memory.total,
         adapter_parameters=shape.adapter_parameters(load.rank, load.targets), flops_per_token=per_token,
@@ -253,16 +260,20 @@ def tokens_of(model: Model, sequence_tokens: int) -> int:
     return round(examples * sequence_tokens * model.training.epochs)
 
 
-def propose(memory: Memory, gpus: int, gpu_memory_gib: float | None) -> tuple[Literal["process", "none"], str]:
-    """The executor that exists and fits, or what would be needed; one sentence."""
+def propose(memory: Memory, gpus: int, gpu_memory_gib: float | None, whole: int) -> tuple[Proposal, str]:
+    """The executor that fits, with its keys in [models.NAME.parallel], or what would be needed; one sentence."""
     if not gpus:
         return "process", f"one process on the CPU, {memory.total / GIB:.1f} GiB of free memory"
     if gpu_memory_gib is None or memory.total <= gpu_memory_gib * GIB:
-        idle = f"; the other {gpus - 1} GPUs stay idle: one update runs in one process" if gpus > 1 else ""
-        return "process", f"one process on one GPU, {memory.total / GIB:.1f} GiB of its memory{idle}"
-    least = (memory.activations + memory.logits + memory.runtime) / GIB
-    if sharded(memory, gpus) <= gpu_memory_gib * GIB:
-        needed = f"sharded over {gpus} GPUs it would be {sharded(memory, gpus) / GIB:.1f} GiB on each"
-    else:
-        needed = f"{least:.1f} GiB of it cannot be sharded: lower micro_batch_tokens first"
-    return "none", f"does not fit one GPU of {gpu_memory_gib:g} GiB; {needed}; no executor here shards yet"
+        if gpus == 1:
+            return "process", f"one process on one GPU, {memory.total / GIB:.1f} GiB of its memory"
+        return "torchrun", f"backend = 'ddp', processes = {gpus}: {memory.total / GIB:.1f} GiB on each GPU"
+    each = sharded(memory, gpus, whole)
+    if gpus > 1 and each <= gpu_memory_gib * GIB:
+        return "torchrun", f"backend = 'fsdp2', processes = {gpus}: {each / GIB:.1f} GiB on each GPU"
+    least = memory.total - memory.base + whole
+    needed = f"{least / GIB:.1f} GiB of it cannot be sharded: lower micro_batch_tokens first"
+    if least < gpu_memory_gib * GIB:
+        enough = math.ceil((memory.base - whole) / (gpu_memory_gib * GIB - least))
+        needed = f"sharded (`fsdp2`) it needs {max(enough, 2)} such GPUs"
+    return "none", f"does not fit {gpus} GPU{'s' * (gpus > 1)} of {gpu_memory_gib:g} GiB; {needed}"

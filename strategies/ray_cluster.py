@@ -15,6 +15,9 @@ DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
     "RAY_AUTH_MODE": "token",  # whoever reaches the port of a cluster without one can run what they like there
     "RAY_TRAIN_V2_ENABLED": "1",
+    # they ask the dashboard, which a small cluster need not have
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_LOG_TO_STDERR": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # whoever searches has a handler of its own

@@ -143,17 +143,22 @@ def test_tokens_of_an_update_count_what_is_rehearsed() -> None:
     assert plan.tokens_of(model, 100) == 2 * 10 * 100 * model.training.epochs
 
 
-def test_what_does_not_fit_is_said_with_what_would_help() -> None:
-    """One GPU, sharding that does not exist here yet, or activations that no sharding divides."""
+def test_what_fits_where_is_said_with_the_keys_to_write() -> None:
+    """One GPU, several with the whole base on each, the base divided, or activations that no sharding divides."""
     memory = plan.Memory(base=16 * plan.GIB, adapter=0, strategies=0, activations=4 * plan.GIB, logits=0, runtime=0)
-    assert plan.propose(memory, 0, None)[0] == "process"
-    assert plan.propose(memory, 2, 24.0) == (
-        "process",
-        "one process on one GPU, 20.0 GiB of its memory; the other 1 GPUs stay idle: one update runs in one process",
-    )
-    executor, advice = plan.propose(memory, 2, 16.0)
-    assert executor == "none" and "sharded over 2 GPUs it would be 12.0 GiB" in advice
-    assert "lower micro_batch_tokens" in plan.propose(memory, 8, 4.0)[1]
+    whole = 2 * plan.GIB
+    assert plan.propose(memory, 0, None, whole)[0] == "process"
+    assert plan.propose(memory, 1, 24.0, whole) == ("process", "one process on one GPU, 20.0 GiB of its memory")
+    assert plan.propose(memory, 2, 24.0, whole) == (
+        "torchrun", "backend = 'ddp', processes = 2: 20.0 GiB on each GPU"
+    )  # fmt: skip
+    assert plan.propose(memory, 2, 16.0, whole) == (
+        "torchrun", "backend = 'fsdp2', processes = 2: 13.0 GiB on each GPU"
+    )  # fmt: skip
+    executor, advice = plan.propose(memory, 1, 10.0, whole)
+    assert executor == "none" and advice.endswith("it needs 4 such GPUs")
+    assert plan.propose(memory, 4, 10.0, whole)[0] == "torchrun"
+    assert "lower micro_batch_tokens" in plan.propose(memory, 8, 4.0, whole)[1]
 
 
 def test_the_command_prints_figures_and_json(

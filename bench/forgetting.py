@@ -31,7 +31,7 @@ from bench.scoring import Drift, Task, TaskRow, drift, read_task, task_score
 from buffers.experience import Recipe, general_rows
 from buffers.policy import Buffer
 from strategies.adapter import Adapter, load_adapter
-from strategies.catalog import AGem, Distill, Ewc, Gem, Replay, Strategy
+from strategies.catalog import AGem, Augment, Distill, Ewc, Gem, Replay, Rewrite, Strategy
 from strategies.general import kept_or_written
 from strategies.lore import generate, rows
 from strategies.request import Lora, write
@@ -48,6 +48,9 @@ RECIPES: dict[str, list[Strategy]] = {
     "distill": [GENERAL, Distill(on="general")],
     "replay+distill": [Replay(ratio=0.2, general_ratio=0.1), Distill(on="general")],
     "default": [Replay(ratio=0.4, general_ratio=0.1), Distill(on="general")],
+    "replay+noise": [Replay(ratio=0.2), Augment()],
+    "replay+templates": [Replay(ratio=0.2), Rewrite()],
+    "replay+paraphrases": [Replay(ratio=0.2), Rewrite(templates=False, paraphrases=True)],
     "replay+distill+ewc": [Replay(ratio=0.2, general_ratio=0.1), Distill(on="general"), Ewc()],
     JOINT: [],
 }

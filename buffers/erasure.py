@@ -14,6 +14,8 @@ class Forgotten(msgspec.Struct):
 
     examples: list[int] = []
     """Rows that are gone."""
+    hashes: list[str] = []
+    """Their content hashes: what was cached of them is named by it."""
     claimed_by: list[str] = []
     """Runs at work that have them in their experience."""
     learned_in: list[tuple[str, int]] = []
@@ -25,7 +27,7 @@ class Forgotten(msgspec.Struct):
 def forget(connection: sqlite3.Connection, subject: str) -> Forgotten:
     """Delete every example of a subject, whatever its state; says which runs and updates had them."""
     rows = connection.execute(
-        "SELECT id, state, run_id, model, update_number, origin_file FROM example WHERE subject = ?", (subject,)
+        "SELECT id, state, run_id, model, update_number, origin_file, hash FROM example WHERE subject = ?", (subject,)
     ).fetchall()
     connection.execute(
         """
@@ -38,6 +40,7 @@ def forget(connection: sqlite3.Connection, subject: str) -> Forgotten:
     connection.execute("DELETE FROM example WHERE subject = ?", (subject,))
     return Forgotten(
         examples=sorted(row[0] for row in rows),
+        hashes=sorted({row[6] for row in rows}),
         claimed_by=sorted({row[2] for row in rows if row[1] == "claimed"}),
         learned_in=sorted({(row[3], row[4]) for row in rows if row[4] is not None}),
         files=sorted({row[5] for row in rows}),

@@ -3,7 +3,8 @@
 Rows of `experience.jsonl`, in this order of roles: `new` (claimed by the run, trained), `replay` (drawn from the replay
 buffer, trained), `memory` (a few examples of each past update, for GEM and A-GEM's reference gradients), `heldout_new`,
 `heldout_old` and `eval` (tested, never trained), `general` (rehearsal of general text; from `general_directory`) and
-`probe` (general text on which only the drift is measured: it is never trained on and never an anchor). Without a
+`probe` (general text on which only the drift is measured: it is never trained on and never an anchor). `derived`
+rows, new ones in other words, are added by the trainer in a file of its own (`strategies.derive`). Without a
 `general_directory` the trainer adds those two from what the base model wrote itself (`strategies.general`).
 """
 
@@ -21,7 +22,7 @@ from buffers.example import Example, parse
 from buffers.policy import Buffer
 from buffers.replay_buffer import members
 
-Role = Literal["new", "replay", "memory", "general", "probe", "heldout_new", "heldout_old", "eval"]
+Role = Literal["new", "derived", "replay", "memory", "general", "probe", "heldout_new", "heldout_old", "eval"]
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):

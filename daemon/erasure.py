@@ -58,13 +58,14 @@ def erase(connection: Connection, config: Config, subject: str, now: float) -> R
         versions = dict(_versions(connection, forgotten.learned_in))
         told = {"records": records, "examples": len(forgotten.examples), "versions": versions}
         audit.write(connection, "subject.erased", subjects.fingerprint(subject), told)
+    _drop_cached(config.state_directory / "cache" / "derived", forgotten.hashes)
     receipt = Receipt(
         subject_sha256=subjects.fingerprint(subject), erased_at=datetime.fromtimestamp(now, UTC).isoformat(),
         records=records, examples=len(forgotten.examples), handed_over=handed_over,
         runs_scrubbed=sorted(
             name
             for place in ("runs", "tuning")
-            for name in _scrub_runs(config.state_directory / place, set(forgotten.examples))
+            for name in dict.fromkeys(_scrub_runs(config.state_directory / place, set(forgotten.examples)))
         ),
         versions=versions, files=forgotten.files,
     )  # fmt: skip
@@ -92,13 +93,21 @@ def _versions(connection: Connection, learned_in: list[tuple[str, int]]) -> Iter
 
 
 def _scrub_runs(directory: Path, ids: set[int]) -> Iterator[str]:
-    """Write every `experience.jsonl` that holds one of the examples anew without it."""
-    for path in sorted(directory.rglob("experience.jsonl")) if ids else []:
+    """Write every experience that holds one of the examples, or rows derived from one, anew without it."""
+    found = (path for name in ("experience.jsonl", "derived.jsonl") for path in directory.rglob(name))
+    for path in sorted(found) if ids else []:
         rows = list(experience.read(path))
         kept = [row for row in rows if row.id not in ids]
         if len(kept) < len(rows):
             _overwrite(path, b"".join(msgspec.json.encode(row) + b"\n" for row in kept))
             yield path.parent.name
+
+
+def _drop_cached(directory: Path, hashes: list[str]) -> None:
+    """What a teacher has said of the examples."""
+    for path in (path for digest in hashes for path in directory.glob(f"{digest}.*.txt")):
+        _overwrite(path, b"")
+        path.unlink()
 
 
 def _overwrite(path: Path, data: bytes) -> None:

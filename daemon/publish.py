@@ -29,6 +29,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     run_id: str
     update_number: int
     experience_sha256: str
+    derived_sha256: str = ""
+    """Of the rows that were derived from the experience's; empty for none."""
     base_sha256: str
     libraries: dict[str, str]
     created_at: float
@@ -75,7 +77,8 @@ def manifest_of(report: RunReport, **lineage: Any) -> Manifest:
     """The manifest of a report's candidate, still without files."""
     evaluation = msgspec.to_builtins(report.evaluation) if report.evaluation is not None else {}
     return Manifest(
-        base_sha256=report.base_sha256, libraries=report.libraries, canaries=report.canaries,
+        base_sha256=report.base_sha256, derived_sha256=report.derived_sha256, libraries=report.libraries,
+        canaries=report.canaries,
         evaluation=evaluation, files={}, created_at=0.0, **lineage,
     )  # fmt: skip
 

@@ -141,6 +141,29 @@ class Augment(msgspec.Struct, frozen=True, tag_field="name", tag="augment", forb
     """alpha of U(-1, 1) alpha / sqrt(tokens x width); the paper tries 5, 10 and 15."""
 
 
+class Rewrite(msgspec.Struct, frozen=True, tag_field="name", tag="rewrite", forbid_unknown_fields=True):
+    """The new examples in other words as well (Allen-Zhu & Li, arXiv:2309.14316): facts found again however asked."""
+
+    rows: Count = 2
+    """At most so many derived rows of one new example."""
+    templates: bool = True
+    """Questions in other frames (`Please tell me: ...`)."""
+    sentences: bool = True
+    """Of texts: each sentence alone."""
+    chunks: bool = False
+    """Of texts: overlapping halves."""
+    paraphrases: bool = False
+    """Questions and texts in a teacher's words; answers are never reworded."""
+    questions: bool = False
+    """Of texts: a teacher's questions, with answers that stand in the text word for word."""
+    teacher_url: str = ""
+    """An OpenAI-compatible server, `http://127.0.0.1:8000/v1`; empty: the version that the run continues."""
+    teacher_model: str = ""
+    """The model's name there."""
+    teacher_token_variable: str = ""
+    """Environment variable of the daemon that holds the bearer token; empty: none."""
+
+
 class Freeze(msgspec.Struct, frozen=True, tag_field="name", tag="freeze", forbid_unknown_fields=True):
     """The bottom layers' adapter stays as it is; the backward pass ends above it, which saves time."""
 
@@ -169,6 +192,7 @@ Strategy = (
     | MemoryAwareSynapses
     | SlowAverage
     | Augment
+    | Rewrite
     | Freeze
     | OLora
 )
@@ -184,6 +208,7 @@ BY_NAME: dict[str, type[Strategy]] = {
     "mas": MemoryAwareSynapses,
     "ema": SlowAverage,
     "augment": Augment,
+    "rewrite": Rewrite,
     "freeze": Freeze,
     "olora": OLora,
 }

@@ -24,7 +24,7 @@ from strategies.template import Events, Template, UpdateExperience, trainable
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 OUT_OF_MEMORY_RETRIES = 3
-TRAINED_ROLES: tuple[Role, ...] = ("new", "replay", "general")
+TRAINED_ROLES: tuple[Role, ...] = ("new", "derived", "replay", "general")
 
 
 @dataclass

@@ -18,10 +18,12 @@ from strategies.learner import Learner
 from strategies.mas import MemoryAwareSynapses
 from strategies.olora import OrthogonalSlices
 from strategies.replay import Rehearsal
+from strategies.rewrite import Rewriting
 from strategies.si import SynapticIntelligence
 
 IN_ORDER: dict[type, Callable[[Any], Learner]] = {
     catalog.Replay: Rehearsal,
+    catalog.Rewrite: Rewriting,
     catalog.SynapticIntelligence: SynapticIntelligence,  # first: it reads the loss's own gradient
     catalog.Augment: EmbeddingNoise,
     catalog.Distill: Distillation,

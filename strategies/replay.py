@@ -11,7 +11,7 @@ from buffers.experience import Role
 from strategies import catalog
 from strategies.learner import Learner, Loop
 
-TRAINED: tuple[Role, ...] = ("new", "replay", "general")
+TRAINED: tuple[Role, ...] = ("new", "derived", "replay", "general")
 
 
 class Rehearsal(Learner, supports_distributed=True):
@@ -25,7 +25,7 @@ class Rehearsal(Learner, supports_distributed=True):
 
     def before_training_exp(self, strategy: Loop, *_: Any, **__: Any) -> None:
         """`examples`, `share` and `token_share` of replay, `general_token_share`."""
-        rows = {role: strategy.items[role] for role in TRAINED}
+        rows = {role: strategy.items.get(role, ()) for role in TRAINED}
         tokens = {role: sum(item.label_tokens for item in items) for role, items in rows.items()}
         examples = sum(len(items) for items in rows.values())
         strategy.report(self.name, "examples", len(rows["replay"]))

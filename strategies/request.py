@@ -182,6 +182,8 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     backend: str = "single"
     processes: int = 1
     libraries: dict[str, str] = {}
+    derived_sha256: str = ""
+    """Of `derived.jsonl`, the run's new examples in other words; empty where `rewrite` is not used."""
     base_sha256: str = ""
     """Of the base's weights, configuration and tokenizer."""
 

@@ -33,6 +33,7 @@ from strategies.canary import canaries
 from strategies.catalog import Replay
 from strategies.course import train
 from strategies.dataset import Item, tokenise
+from strategies.derive import add_derived, derived_sha256
 from strategies.distill import anchored
 from strategies.evaluate import Probes, evaluation, has_token_loss, standing
 from strategies.failure import Failure
@@ -65,6 +66,7 @@ def update(run_directory: Path, request: RunRequest, pulse: Pulse, backend: Back
     adapter, fresh = load(request)
     adapter.work_with(backend)
     items = read_items(run_directory, request, adapter)
+    add_derived(items, run_directory, request, adapter, on_progress=lambda: pulse.enter("load"))
     add_general(items, request, adapter, on_progress=lambda: pulse.enter("load"))
     items["general"] = anchored(items["general"], request.strategies)
     probes = take_probes(items)
@@ -108,6 +110,7 @@ def update(run_directory: Path, request: RunRequest, pulse: Pulse, backend: Back
         backend=backend.name,
         processes=backend.size,
         libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
+        derived_sha256=derived_sha256(run_directory),
         base_sha256=base_sha256(request.base_path, request.general_cache),
     )
 

@@ -29,7 +29,7 @@ from daemon.state.waiting import share_of
 from strategies.request import read_report, read_request
 
 # what is wrong with the machine is not held against the examples
-ENVIRONMENT_CODES = {"base_missing", "oom", "disk_full", "died", "hang", "interrupted"}
+ENVIRONMENT_CODES = {"base_missing", "oom", "disk_full", "teacher", "died", "hang", "interrupted"}
 STOP_SECONDS = 60.0
 HUNG_STOP_SECONDS = 15.0
 """For one that hangs: the loop stands still meanwhile, and must not for as long as the unit's watchdog waits (60 s)."""

@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check bench bench-forgetting soak wheel-check clean
+.PHONY: help install demo test test-slow check bench bench-forgetting soak bench-resident wheel-check clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -68,6 +68,9 @@ soak: install ## two hours of feedback and updates: memory, descriptors, missed 
 bench-twelve: install ## twelve small updates in a row: what is kept, and whether time, memory or disk grow
 	$(BIN)/python -m bench.forgetting --title twelve --lore 12,10 --strategies default --learning-rate 1e-3 \
 	  --presentations 320 --heldout 0.1 --test-rows 15
+
+bench-resident: install ## the idle daemon over a million examples: READY, CPU, memory
+	$(BIN)/python -m bench.resident
 
 wheel-check: .venv/installed ## build the wheel, install it elsewhere and run it from /
 	rm -rf build dist && $(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .

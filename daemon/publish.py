@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 import msgspec
 
 from strategies.request import Canary, RunReport
+
+PUBLISHED = re.compile(r"(?!manifest\.json)[A-Za-z0-9][A-Za-z0-9._-]*\.(safetensors|json)", re.ASCII)
+"""Names that a version may hold: nothing that an engine would unpickle or run."""
 
 
 class FileEntry(msgspec.Struct, frozen=True):
@@ -42,6 +46,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 class DamagedVersion(Exception):
     """A version's files are not those of its manifest; the message names the file."""
+
+
+class UnexpectedFile(Exception):
+    """A candidate holds something that no version may; the message names it."""
 
 
 def directory_of(versions: Path, model: str, number: int) -> Path:
@@ -112,11 +120,17 @@ def _copy(source: Path, target: Path, prefix: str) -> list[tuple[str, FileEntry]
     target.mkdir(exist_ok=True)
     entries = []
     for path in sorted(source.iterdir()):
+        _check(path)
         data = path.read_bytes()
         _write_durably(target / path.name, data)
         entries.append((prefix + path.name, FileEntry(hashlib.sha256(data).hexdigest(), len(data))))
     _sync(target)
     return entries
+
+
+def _check(path: Path) -> None:
+    if path.is_symlink() or not path.is_file() or not PUBLISHED.fullmatch(path.name):
+        raise UnexpectedFile(f"{path} is not published: a version holds plain files *.safetensors and *.json only")
 
 
 def _write_durably(path: Path, data: bytes) -> None:

@@ -89,3 +89,26 @@ def test_damage_is_found_and_named(run_directory: Path, tmp_path: Path, damage: 
         weights.write_bytes(data[:-1])
     with pytest.raises(DamagedVersion, match="adapter_model"):
         publish.verify(version)
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_model.bin", "weights.pt", "code.py", "manifest.json", ".hidden.json", "a\nb.json"]
+)
+def test_what_no_version_may_hold_is_not_published(run_directory: Path, tmp_path: Path, name: str) -> None:
+    """Only plain files *.safetensors and *.json; the error names the other, and no version appears."""
+    (run_directory / "adapter" / name).write_bytes(b"\x80\x04")
+    with pytest.raises(publish.UnexpectedFile, match="is not published"):
+        publish.publish(run_directory, tmp_path / "npc" / "0001", manifest())
+    assert not (tmp_path / "npc" / "0001").exists()
+
+
+def test_a_link_or_a_directory_is_not_published(run_directory: Path, tmp_path: Path) -> None:
+    """What a link points to may change, or be none of ours."""
+    link, directory = run_directory / "adapter" / "x.json", run_directory / "strategy" / "x.json"
+    link.symlink_to("/etc/hostname")
+    with pytest.raises(publish.UnexpectedFile):
+        publish.publish(run_directory, tmp_path / "npc" / "0001", manifest())
+    link.unlink()
+    directory.mkdir()
+    with pytest.raises(publish.UnexpectedFile):
+        publish.publish(run_directory, tmp_path / "npc" / "0001", manifest())

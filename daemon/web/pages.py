@@ -12,6 +12,7 @@ from daemon.config import Config
 from daemon.state import audit, quarantine, records, summary
 from daemon.state import runs as run_rows
 from daemon.state.database import Connection
+from daemon.state.reception import by_version
 from daemon.state.runs import Run, Version
 from strategies.request import RunReport, Shift, read_report
 
@@ -167,7 +168,8 @@ def model(config: Config, connection: Connection, live: Mapping[str, Any], name:
         "settings": config.models[name],
         "versions": versions, "tree": lineage(versions), "matrix": matrix(reports), "drift": _drift(reports),
         "buffer": grouped(composition(connection, name, buffer)), "buffer_size": buffer.examples,
-        "runs": run_rows.recent(connection, name, 10), "search": search(config, name),
+        "reception": by_version(connection, name), "runs": run_rows.recent(connection, name, 10),
+        "search": search(config, name),
     }  # fmt: skip
 
 

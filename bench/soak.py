@@ -43,9 +43,15 @@ training = {{ epochs = 1, learning_rate = 1e-3 }}
 strategy = [{{ name = "replay" }}]
 buffer = {{ examples = 500 }}
 schedule = {{ interval_seconds = {interval}, threshold_examples = 1000000, max_age_seconds = 1e9, examples_max = 2000 }}
-# random weights prove nothing: the gate lets all pass but what is not finite
-gate = {{ old_loss_max = 100.0, eval_loss_max = 100.0, drift_base_max = 1000.0, new_gain_min = -100.0 }}
 versions_kept = 3
+# random weights prove nothing: the gate lets all pass but what is not finite
+[models.npc.gate]
+old_loss_max = 100.0
+eval_loss_max = 100.0
+drift_base_max = 1000.0
+drift_previous_max = 1000.0
+general_loss_max = 1000.0
+new_gain_min = -100.0
 """
 
 

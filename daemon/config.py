@@ -94,6 +94,10 @@ class Gate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """The loss on the examples of `eval/` may rise by at most so much."""
     drift_base_max: Positive = 1.0
     """KL(base || candidate) may be at most so much."""
+    drift_previous_max: Positive = 1.0
+    """KL(served version || candidate) may be at most so much: one update may not change everything."""
+    general_loss_max: NotNegative = 1.0
+    """The loss on general text may lie above the base's by at most so much."""
     heldout_min: Count = 1
     """Fewer examples in the new hold-out than this: the gate cannot decide, and the candidate is not promoted."""
 

@@ -63,9 +63,10 @@ def _gain(new: Shift, noise: float, rules: Gate) -> Check:
 def _retention(evaluation: Evaluation, rules: Gate) -> Iterable[Check]:
     if evaluation.old:
         old = list(evaluation.old.values())
-        yield _rise("old_loss", "the old hold-outs against the served version", old, rules.old_loss_max, "before")
+        limit = max(rules.old_loss_max, evaluation.noise)  # less than the noise floor cannot be told from nothing
+        yield _rise("old_loss", "the old hold-outs against the served version", old, limit, "before")
         # slow creep: each update may be within its limit and all of them together may not
-        yield _rise("old_loss_base", "the old hold-outs against the base", old, rules.old_loss_max, "base")
+        yield _rise("old_loss_base", "the old hold-outs against the base", old, limit, "base")
     if evaluation.eval is not None:
         yield _rise("eval_loss", "the examples of eval/", [evaluation.eval], rules.eval_loss_max, "before")
 
@@ -82,9 +83,15 @@ def _rise(name: str, what: str, shifts: list[Shift], limit: float, against: Lite
 
 
 def _drift(evaluation: Evaluation, rules: Gate) -> Iterable[Check]:
-    if evaluation.drift_base is not None:
-        drift = evaluation.drift_base.mean
-        yield Check(
-            name="drift_base", value=drift, limit=rules.drift_base_max, passed=drift <= rules.drift_base_max,
-            message=f"KL(base || candidate) {drift:.3f} nats per token (at most {rules.drift_base_max:.3f})",
-        )  # fmt: skip
+    for name, what, drift, limit in (
+        ("drift_base", "base", evaluation.drift_base, rules.drift_base_max),
+        ("drift_previous", "served version", evaluation.drift_previous, rules.drift_previous_max),
+    ):
+        if drift is not None:
+            yield Check(
+                name=name, value=drift.mean, limit=limit, passed=drift.mean <= limit,
+                message=f"KL({what} || candidate) {drift.mean:.3f} nats per token (at most {limit:.3f})",
+            )  # fmt: skip
+    if evaluation.general is not None:
+        limit = max(rules.general_loss_max, evaluation.noise)
+        yield _rise("general_loss", "general text against the base", [evaluation.general], limit, "base")

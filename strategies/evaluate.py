@@ -33,7 +33,8 @@ class Probes:
 
     def groups(self) -> dict[str, list[Item]]:
         """All hold-outs by name, each item once; preferences have no token loss to compare."""
-        named = {"new": self.new, **{str(number): items for number, items in self.old.items()}, "eval": self.eval}
+        old = {str(number): items for number, items in self.old.items()}
+        named = {"new": self.new, **old, "eval": self.eval, "general": self.general}
         return {name: [item for item in items if has_token_loss(item)] for name, items in named.items()}
 
     def comparisons(self) -> list[Item]:
@@ -46,8 +47,8 @@ class Probes:
 
         Without general text: what it should still know, the examples of `eval/` and of past updates.
         """
-        general = [item for item in self.general if has_token_loss(item)]
-        return general or [item for name, items in self.groups().items() if name != "new" for item in items]
+        groups = self.groups()
+        return groups["general"] or [item for name, items in groups.items() if name != "new" for item in items]
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,14 @@ def shift(base: Sequence[float], before: Sequence[float], after: Sequence[float]
     )
 
 
-def evaluation(adapter: Adapter, probes: Probes, base: Standing, before: Standing, seed: int) -> Evaluation:
-    """Compare the adapter's present weights with the base and with the weights that the run started from."""
-    after = score(adapter, probes)
+def evaluation(
+    adapter: Adapter, probes: Probes, base: Standing, before: Standing, seed: int, after: Scores | None = None
+) -> Evaluation:
+    """Compare the adapter's present weights with the base and with the weights that the run started from.
+
+    `after`: the scores of the present weights, where they are known already.
+    """
+    after = after or score(adapter, probes)
     shifts = {
         name: found
         for name, losses in after.losses.items()
@@ -140,8 +146,9 @@ def evaluation(adapter: Adapter, probes: Probes, base: Standing, before: Standin
     drift_base, drift_previous = _drift(adapter, probes.drifting(), base, before, seed)
     return Evaluation(
         new=shifts.get("new"),
-        old={name: found for name, found in shifts.items() if name not in ("new", "eval")},
+        old={name: found for name, found in shifts.items() if name not in ("new", "eval", "general")},
         eval=shifts.get("eval"),
+        general=shifts.get("general"),
         drift_base=drift_base,
         drift_previous=drift_previous,
         preference={name: share for name, share in ranked.items() if share is not None},

@@ -126,6 +126,21 @@ class Canary(msgspec.Struct, frozen=True, kw_only=True):
     """The continuation as text, for people: the status page compares it with the answer of the version before."""
 
 
+class SequenceMetrics(msgspec.Struct, frozen=True, kw_only=True):
+    """What the updates so far have done to each other; scores are -loss, nats per token, so higher is better."""
+
+    acc: Measure | None
+    """ACC: over all hold-outs, the new one and those of past updates."""
+    bwt: Measure | None = None
+    """BWT: change on the old hold-outs since each was learned; below 0 means forgetting."""
+    fwt: Measure | None = None
+    """FWT: what the version before already knew of the new hold-out, beyond the base."""
+    forgetting: Measure | None = None
+    """Loss from the best score that each old example ever had."""
+    matrix: dict[str, dict[str, float]] = {}
+    """R[i][j]: mean score on the hold-out of update j after update i."""
+
+
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     """What the gate judges."""
 
@@ -135,6 +150,10 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     """One per past update (key: its number), on hold-outs that were never trained on."""
     eval: Shift | None = None
     """The examples of `eval/`."""
+    general: Shift | None = None
+    """Loss on general text that is neither trained nor an anchor."""
+    sequence: SequenceMetrics | None = None
+    """R, ACC, BWT, FWT and forgetting over the updates so far."""
     drift_base: Measure | None = None
     """KL(base || candidate), nats per token, on general text and prompts."""
     drift_previous: Measure | None = None

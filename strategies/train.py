@@ -35,10 +35,18 @@ from strategies.course import train
 from strategies.dataset import Item, tokenise
 from strategies.derive import add_derived, derived_sha256
 from strategies.distill import anchored
-from strategies.evaluate import Probes, evaluation, has_token_loss, standing
+from strategies.evaluate import Probes, Standing, evaluation, has_token_loss, score, standing
 from strategies.failure import Failure
 from strategies.forward import token_losses
 from strategies.general import add_general
+from strategies.history import (
+    History,
+    after_update,
+    losses_by_row,
+    read_history,
+    sequence_metrics,
+    write_history,
+)
 from strategies.parallel.contract import Backend
 from strategies.parallel.ddp import ProcessLost, is_process_lost
 from strategies.parallel.opening import open_backend
@@ -47,6 +55,7 @@ from strategies.request import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_TRAINED,
+    Evaluation,
     RunReport,
     RunRequest,
     read_report,
@@ -81,12 +90,12 @@ def update(run_directory: Path, request: RunRequest, pulse: Pulse, backend: Back
     template = train(run_directory, request, adapter, items, probes, pulse, fresh if request.rebase else None)
 
     pulse.enter("evaluate")
-    judged = evaluation(adapter, probes, base, before, request.seed)
+    judged, known = examine(run_directory, request, adapter, probes, base, before)
     answers = canaries(adapter, request.canary_prompts)
     losses = example_losses(run_directory, adapter, items) if request.report_losses else []
 
     pulse.enter("save")
-    save(run_directory, request, template)
+    save(run_directory, request, template, known)
     seconds = pulse.finish()
     position = template.position
     return RunReport(
@@ -163,7 +172,19 @@ def example_tokens(run_directory: Path, items: dict[Role, list[Item]]) -> list[t
     return [(ids[item.index], len(item.tokens)) for item in items["new"]]
 
 
-def save(run_directory: Path, request: RunRequest, template: Template) -> None:
+def examine(
+    run_directory: Path, request: RunRequest, adapter: Adapter, probes: Probes, base: Standing, before: Standing
+) -> tuple[Evaluation, History]:
+    """What the gate judges, with what all updates so far have done to each other; and the history to go on from."""
+    ids = [row.id for row in experience.read(run_directory / "experience.jsonl")]
+    after, history = score(adapter, probes), read_history(request.parent_version)
+    now, of_base, of_before = (losses_by_row(probes, each, ids) for each in (after, base.scores, before.scores))
+    found = sequence_metrics(history, now, of_base, of_before, request.update_number, request.seed)
+    judged = evaluation(adapter, probes, base, before, request.seed, after)
+    return msgspec.structs.replace(judged, sequence=found), after_update(history, request.update_number, now)
+
+
+def save(run_directory: Path, request: RunRequest, template: Template, history: History) -> None:
     """Adapter and states of the methods, each file fsynced; the checkpoint is of no more use."""
     backend = template.adapter.backend
     moments = backend.moments() if request.training.keep_optimizer else {}
@@ -173,6 +194,7 @@ def save(run_directory: Path, request: RunRequest, template: Template) -> None:
         raise Failure("non_finite_weights", "the trained adapter holds NaN or infinity; lower learning_rate")
     template.adapter.save(run_directory / "adapter")
     checkpoint.save_states(run_directory / "strategy", template.learners)
+    write_history(run_directory / "strategy", history)
     if request.training.keep_optimizer:
         checkpoint.save_optimizer(run_directory / "strategy", moments)
 

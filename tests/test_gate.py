@@ -83,3 +83,22 @@ def test_a_number_that_is_no_number_never_passes(value: float, where: str) -> No
     candidate = report(**GOOD | {where: bad[where]})
     verdict = judge(candidate, RULES)
     assert verdict.outcome == "rejected" or all(check.value == check.value for check in verdict.checks)
+
+
+def test_one_update_may_not_change_everything() -> None:
+    """Drift is limited against the served version as well as against the base."""
+    assert names_of_failed(report(**GOOD | {"drift_previous": measure(1.2)})) == ["drift_previous"]
+    assert names_of_failed(report(**GOOD | {"drift_previous": measure(0.9)})) == []
+
+
+def test_general_text_is_compared_with_the_base() -> None:
+    """A slow creep shows there, whatever each single update did."""
+    assert names_of_failed(report(**GOOD | {"general": shift(3.0, 4.2, 4.3)})) == ["general_loss"]
+    assert names_of_failed(report(**GOOD | {"general": shift(3.0, 3.1, 3.2)})) == []
+
+
+def test_a_rise_within_the_noise_floor_is_none() -> None:
+    """What the evaluator itself wavers by cannot be held against a candidate."""
+    risen = GOOD | {"old": {"1": shift(3, 2, 2.3)}}
+    assert names_of_failed(report(**risen)) == ["old_loss"]
+    assert names_of_failed(report(**risen | {"noise": 0.4})) == []

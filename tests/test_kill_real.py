@@ -54,6 +54,8 @@ quiet_seconds = 0.0
 new_gain_min = -10.0
 old_loss_max = 10.0
 drift_base_max = 100.0
+drift_previous_max = 100.0
+general_loss_max = 100.0
 """
 
 

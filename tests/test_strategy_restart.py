@@ -11,7 +11,9 @@ from daemon.state import runs
 from strategies.catalog import Ewc, Gem
 from strategies.request import Lora, RunReport, Training, read_report
 
-LENIENT = Gate(new_gain_min=-100.0, old_loss_max=100.0, drift_base_max=1000.0)
+LENIENT = Gate(
+    new_gain_min=-100.0, old_loss_max=100.0, drift_base_max=1000.0, drift_previous_max=1000.0, general_loss_max=1000.0
+)
 
 
 def open_service(directory: Path, base: Path) -> Service:

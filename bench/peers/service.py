@@ -52,7 +52,7 @@ training = {{ epochs = 1, learning_rate = 1e-3 }}
 strategy = [{{ name = "replay", general_ratio = 0.05 }}, {{ name = "distill", on = "general" }}]
 schedule = {{ threshold_examples = 32, quiet_seconds = 0.0 }}
 # what is measured is the way, not the lesson
-gate = {{ new_gain_min = -100.0, drift_base_max = 1000.0 }}
+gate = {{ new_gain_min = -100.0, drift_base_max = 1000.0, drift_previous_max = 1000.0, general_loss_max = 1000.0 }}
 """
 
 

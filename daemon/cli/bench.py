@@ -29,9 +29,10 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Two small tasks: a smoke.")] = False,
     config: options.ConfigOption = None,
 ) -> None:  # fmt: skip
-    """Learn a sequence of tasks with MODEL's base and each strategy.
+    """Measure what strategies keep over a sequence of tasks.
 
-    A table of ACC, BWT, FWT, forgetting and drift, heat maps and curves. The model itself is not touched.
+    With MODEL's base and settings: a table of ACC, BWT, FWT, forgetting and drift, heat maps and curves. The model
+    itself is not touched.
     """
     loaded = context.load(config)
     settings = loaded.models[context.model_name(loaded, model)]

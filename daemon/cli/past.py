@@ -1,7 +1,7 @@
 """What happened: `history`, `versions`, `log`."""
 
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,7 +9,9 @@ from daemon.cli import context, options, screen
 from daemon.cli.failure import Failure
 
 if TYPE_CHECKING:
+    from daemon.config import Config
     from daemon.state.audit import Entry
+    from daemon.state.runs import Version
 
 Limit = Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many rows.")]
 
@@ -50,6 +52,8 @@ def versions(
     model: options.ModelOrAll = None, config: options.ConfigOption = None, json: options.JsonOption = False
 ) -> None:
     """The published versions, with their parents."""
+    from msgspec.structs import asdict
+
     from daemon.state import runs
 
     loaded = context.load(config)
@@ -57,7 +61,7 @@ def versions(
         context.model_name(loaded, model)
     found = runs.versions(context.database(loaded), model)
     if json:
-        return screen.json(found)
+        return screen.json([{**asdict(version), "metrics": _metrics(loaded, version)} for version in found])
     screen.table(
         ["MODEL", "VERSION", "STATE", "PARENT", "RUN", "PUBLISHED", "ACTIVATED"],
         [
@@ -69,6 +73,14 @@ def versions(
         ],
         "no version yet: the base models are served",
     )  # fmt: skip
+
+
+def _metrics(config: "Config", version: "Version") -> dict[str, Any] | None:
+    """What the version's trainer measured; None when its files are gone."""
+    from daemon.publish import directory_of, read_manifest
+
+    manifest = read_manifest(directory_of(config.state_directory / "versions", version.model, version.number))
+    return None if manifest is None else manifest.evaluation
 
 
 def log(

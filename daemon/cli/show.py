@@ -105,15 +105,29 @@ def _report(report: "RunReport") -> None:
                         ("previous version", evaluation and evaluation.drift_previous)):  # fmt: skip
         if drift:
             screen.say(f"drift, KL({name} || candidate): {_interval(drift)}")
+    _sequence(report)
     _effort(report)
+
+
+def _sequence(report: "RunReport") -> None:
+    """What the updates so far have done to each other."""
+    evaluation = report.evaluation
+    if evaluation is None or evaluation.sequence is None:
+        return
+    found = evaluation.sequence
+    named = {"ACC": found.acc, "BWT": found.bwt, "FWT": found.fwt, "forgetting": found.forgetting}
+    said = ", ".join(f"{name} {_interval(measure, '+')}" for name, measure in named.items() if measure is not None)
+    if said:
+        screen.say(f"over all updates, scores are -loss: {said}; noise floor {evaluation.noise:.3f}")
 
 
 def _shifts(report: "RunReport") -> "list[list[str]]":
     evaluation = report.evaluation
     if evaluation is None:
         return []
-    named = {"new": evaluation.new, **{f"update {n}": shift for n, shift in evaluation.old.items()}}
-    return [_shift(name, shift) for name, shift in {**named, "eval/": evaluation.eval}.items() if shift is not None]
+    old = {f"update {number}": shift for number, shift in evaluation.old.items()}
+    named = {"new": evaluation.new, **old, "eval/": evaluation.eval, "general text": evaluation.general}
+    return [_shift(name, shift) for name, shift in named.items() if shift is not None]
 
 
 def _shift(name: str, shift: "Shift") -> list[str]:

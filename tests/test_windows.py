@@ -16,6 +16,7 @@ from daemon.clock import Fire
 from daemon.config import ConfigError, Schedule, load
 from daemon.schedule import held_back
 from daemon.service import Service
+from daemon.state import runs
 
 __all__ = ["engine_fixture", "lab_fixture", "make_fixture"]
 
@@ -138,3 +139,35 @@ def test_a_trainer_waits_for_whoever_holds_the_gpu(make: Make, tmp_path: Path, l
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         service.updates.cancel("npc-00001")
         fcntl.flock(other, fcntl.LOCK_EX)
+
+
+def test_a_fire_during_a_run_is_kept_for_its_end(make: Make, lab: Path) -> None:
+    """A run that takes longer than the interval costs lateness, not the next run; fires in between count once."""
+    schedule = Schedule(threshold_examples=1000, max_age_seconds=1e9, interval_seconds=1e6)
+    service = make(schedule=schedule)
+    (lab / "orders").write_text("slow")
+    drop(service, range(10))
+    service.clock.fires.put(Fire("npc", "interval", 1.8e9))
+    service.start_due(1.8e9)
+    assert state_of(service) == "TRAINING"
+    drop(service, range(20, 30))
+    for later in (1.0, 2.0):
+        service.clock.fires.put(Fire("npc", "interval", 1.8e9 + later))
+        service.start_due(1.8e9 + later)
+    (lab / "orders").write_text("")
+    service.updates.cancel("npc-00001")
+    turn_until(service, lambda: state_of(service) == "LIVE")
+    drop(service, range(40, 50))
+    service.start_due(1.8e9 + 3.0)
+    assert [run.state for run in runs.recent(service.house.database, "npc")] == ["LIVE", "CANCELLED"]
+
+
+def test_a_fire_with_nothing_to_learn_is_not_kept(make: Make) -> None:
+    """What comes in later waits for the next fire."""
+    service = make(schedule=Schedule(threshold_examples=1000, max_age_seconds=1e9, windows=["02:00-03:00"]))
+    service.clock.fires.put(Fire("npc", "cron", seconds(at(12))))
+    service.start_due(seconds(at(12)))
+    service.start_due(seconds(at(2, 0, 1)))
+    drop(service, range(10))
+    service.start_due(seconds(at(2, 1, 1)))
+    assert state_of(service) == ""

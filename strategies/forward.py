@@ -43,9 +43,20 @@ def sequence_logprobs(adapter: Adapter, micro: MicroBatch) -> Tensor:
     return torch.stack([sums[:items], rejected], dim=1)
 
 
-@torch.no_grad()
 def token_losses(adapter: Adapter, items: Sequence[Item], tokens: int = FORWARD_TOKENS) -> Tensor:
-    """(items,) float64: each item's mean NLL per completion token, in nats."""
+    """(items,) float64: each item's mean NLL per completion token, in nats.
+
+    What was found under these very weights before is not computed again (early stopping and the evaluation after it ask
+    the same), unless another cut of the passes is asked for.
+    """
+    known = adapter.losses if tokens == FORWARD_TOKENS else {}
+    missing = [item for item in items if item not in known]
+    known |= zip(missing, _token_losses(adapter, missing, tokens).tolist(), strict=True)
+    return torch.tensor([known[item] for item in items], dtype=torch.float64)
+
+
+@torch.no_grad()
+def _token_losses(adapter: Adapter, items: Sequence[Item], tokens: int) -> Tensor:
     losses = torch.zeros(len(items), dtype=torch.float64)
     place = {item: index for index, item in enumerate(items)}
     for micro in adapter.backend.passes([item for item in items if item.label_tokens], tokens):

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from strategies.attention import real_places
 from strategies.lora_linear import LoraGroup, LoraState, LoraWeights, Masks
 
 SUPPORTED = ("llama", "mistral", "qwen2")
@@ -263,7 +264,7 @@ class _Decode(torch.autograd.Function):
         lengths: Sequence[int],
         state: LoraState,
     ) -> Tensor:
-        real = _real(tokens.shape, lengths)
+        real = real_places(tokens.shape, lengths)
         keep = ctx.needs_input_grad[0] and state.enabled
         hidden, *ctx.kept = engine.forward(tokens.flatten()[real], lengths, state, keep)
         ctx.engine, ctx.real = engine, real
@@ -279,11 +280,6 @@ class _Decode(torch.autograd.Function):
             raise RuntimeError("a forward pass can be differentiated once, and only above a trained layer")
         ctx.engine.backward(gradients[0][ctx.real], last, kept, now)
         return None, None, None, None, None
-
-
-def _real(shape: torch.Size, lengths: Sequence[int]) -> Tensor:
-    """(tokens,) flat places of the real tokens of a padded batch."""
-    return torch.cat([torch.arange(length) + row * shape[1] for row, length in enumerate(lengths)])
 
 
 def _runs(lengths: Sequence[int], group: int, dtype: torch.dtype) -> list[Run]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from strategies import forward
 from strategies.adapter import Adapter, load_adapter
 from strategies.canary import CANARY_TOKENS, canaries
 from strategies.dataset import Item
@@ -52,6 +53,28 @@ def test_a_candidate_is_compared_with_the_base_and_with_its_parent(adapter: Adap
     assert found.drift_previous is not None and 0 < found.drift_previous.mean < found.drift_base.mean
     kept = divergence(adapter, probes.drifting(), adapter.holding(previous))
     assert found.drift_previous.mean == pytest.approx(float(kept.mean()), rel=1e-6)
+
+
+def test_a_loss_is_computed_once_for_each_set_of_weights(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking again costs nothing; an optimiser's step, other weights or no adapter at all ask for new passes."""
+    items, passes = make_items(4), []
+    compute = forward.sequence_logprobs
+    monkeypatch.setattr(forward, "sequence_logprobs", lambda *given: passes.append(1) or compute(*given))
+    first = token_losses(adapter, items)
+    assert torch.equal(token_losses(adapter, items[::-1]).flip(0), first) and len(passes) == 1
+    adapter.assign(adapter.flat.clone())
+    with adapter.disabled():
+        assert not torch.allclose(token_losses(adapter, items), first)
+    assert torch.equal(token_losses(adapter, items), first) and len(passes) == 2
+    optimizer = torch.optim.AdamW([adapter.parameter], lr=0.1, fused=True)
+    adapter.gradient.fill_(1.0)
+    optimizer.step()
+    adapter.refresh()
+    changed = token_losses(adapter, items)
+    assert not torch.allclose(changed, first) and len(passes) == 3
+    with adapter.holding(adapter.flat * 2):
+        assert not torch.allclose(token_losses(adapter, items), changed)
+    torch.testing.assert_close(token_losses(adapter, items), changed, rtol=0, atol=1e-7)
 
 
 def test_unchanged_weights_show_no_change(adapter: Adapter) -> None:

@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check bench bench-forgetting soak bench-resident test-llama-server test-vllm wheel-check clean
+.PHONY: help install demo test test-slow check bench bench-forgetting bench-poison soak bench-resident test-llama-server test-vllm wheel-check clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -79,6 +79,9 @@ bench: install ## our training step, ingest and swap against the peers
 
 bench-forgetting: install ## sequences of tasks: what each strategy keeps
 	$(BIN)/python -m bench.forgetting
+
+bench-poison: install ## fifty attacks through the intake: what trust lets through, trained and judged
+	$(BIN)/python -m bench.poison --train $(BASE)
 
 soak: install ## two hours of feedback and updates: memory, descriptors, missed runs
 	$(BIN)/python -m bench.soak

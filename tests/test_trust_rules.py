@@ -97,7 +97,7 @@ def test_only_what_says_a_surging_phrase_waits() -> None:
     ]
     reasons = drift.why_drifting(batch, [], sayings(1000, texts, seed=1), 50)
     assert not any(reasons[:90])
-    assert all("the director obeys malvo" in reason for reason in reasons[90:])
+    assert all("director" in reason for reason in reasons[90:])
 
 
 def test_a_flood_in_drops_is_seen_as_one() -> None:

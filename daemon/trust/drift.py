@@ -5,8 +5,8 @@ reach (the bench counts how often they do):
 
 - the share of good ratings (two proportions, z >= 6 and a difference of a quarter),
 - the length of the answers (logarithms, Welch's t >= 8 and twice as long or as short),
-- phrases that surge: runs of four words whose count, if source and time had nothing to do with each other, would
-  have a chance of less than 1e-7 (Chernoff's bound on the binomial tail), from three subjects or more.
+- words and runs of three words that surge: if what is said had nothing to do with when, their count would have a
+  chance of less than 1e-7 (Chernoff's bound on the binomial tail); from three subjects or more.
 """
 
 import math
@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-WORDS = 4
+RUNS = (1, 3)
+"""A new name is a word that nobody used; a new claim may be made of old words."""
 SURGE_RECORDS_MIN, SURGE_SUBJECTS_MIN = 5, 3
 SURGE_CHANCE_MAX = 1e-7
 RATE_Z, RATE_DIFFERENCE = 6.0, 0.25
@@ -98,12 +99,10 @@ def _chance(count: int, total: int, share: float) -> float:
 
 
 def _phrase(saying: Saying, surging: dict[str, int], present: int) -> str:
-    found = sorted(_phrases(saying.text) & surging.keys()) if surging else []
-    if not found:
-        return ""
-    return f"{surging[found[0]]} of {present} records say {found[0]!r}, far more than ever before"
+    found = max(_phrases(saying.text) & surging.keys(), key=len, default="") if surging else ""
+    return f"{surging[found]} of {present} records say {found!r}, far more than ever before" if found else ""
 
 
 def _phrases(text: str) -> set[str]:
     words = _WORD.findall(text.casefold())
-    return {" ".join(words[start : start + WORDS]) for start in range(max(len(words) - WORDS + 1, 1))}
+    return {" ".join(words[start : start + run]) for run in RUNS for start in range(len(words) - run + 1)}

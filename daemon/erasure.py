@@ -26,6 +26,14 @@ class CannotErase(Exception):
     """The request cannot be carried out; the message says why and what to do."""
 
 
+class InUse(CannotErase):
+    """A run at work has the data."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(f"the run {run_id} is learning from it: cancel that run first, then erase")
+        self.run_id = run_id
+
+
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     """What an erasure did; kept as JSON under `STATE/receipts/`."""
 
@@ -46,7 +54,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def erase(connection: Connection, config: Config, subject: str, now: float) -> Receipt:
-    """Erase a subject; twice does no harm. Raises `CannotErase` while a run at work has the data: cancel that first."""
+    """Erase a subject; twice does no harm. Raises `InUse` while a run at work has the data: cancel that first."""
     if not _SUBJECT.fullmatch(subject):
         raise CannotErase("a subject is `h:` and 8 to 128 of A-Z a-z 0-9 _ -, as in the records")
     with transaction(connection):
@@ -81,7 +89,7 @@ def _check_no_run_uses(connection: Connection, config: Config, forgotten: erasur
         path = config.state_directory / "runs" / run.id / "experience.jsonl"
         rehearses = path.exists() and any(row.id in ids for row in experience.read(path))
         if run.id in forgotten.claimed_by or rehearses:
-            raise CannotErase(f"the run {run.id} is learning from it: cancel that run first, then erase")
+            raise InUse(run.id)
 
 
 def _versions(connection: Connection, learned_in: list[tuple[str, int]]) -> Iterator[tuple[str, list[int]]]:

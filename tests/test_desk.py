@@ -60,7 +60,7 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def told(house: House, **order: Any) -> Reply:
     """The answer to an order, as the loop would give it."""
     command = Command(Order(**order), actor="uid:7")
-    text, detail = Desk(house).actions()[command.order.action](command)
+    text, detail = Desk(house, print).actions()[command.order.action](command)
     command.answer(text, **detail)
     return command.wait()
 

@@ -12,8 +12,8 @@ from daemon.service.orders import CannotBeDone, Said
 class Desk:
     """The orders `accept`, `reject` and `erase`."""
 
-    def __init__(self, house: House) -> None:
-        self._house = house
+    def __init__(self, house: House, cancel: Callable[[str], object]) -> None:
+        self._house, self._cancel = house, cancel
 
     def actions(self) -> dict[Action, Callable[[Command], Said]]:
         """For the table of `Orders`."""
@@ -46,17 +46,14 @@ class Desk:
         return f"{record} is rejected: nothing is learned from it", {}
 
     def _erase(self, command: Command) -> Said:
-        try:
-            receipt = erasure.erase(
-                self._house.database, self._house.config, command.order.subject or "", time.time()
-            )  # fmt: skip
-        except erasure.CannotErase as error:
-            raise CannotBeDone(str(error)) from None
+        receipt, ended = self._without_runs(command.order.subject or "")
         versions = ", ".join(f"{model}: {numbers}" for model, numbers in receipt.versions.items()) or "none"
         text = (
             f"{receipt.records} records and {receipt.examples} examples are erased; versions that have learned from"
             f" them: {versions}; files of the library that still hold them: {', '.join(receipt.files) or 'none'}"
         )
+        if ended:
+            text += f"; runs that were learning from them are ended and begin again without: {', '.join(ended)}"
         return text, {"records": receipt.records, "examples": receipt.examples, "versions": receipt.versions}
 
     def _chosen(self, command: Command) -> review.Chosen | None:
@@ -66,6 +63,18 @@ class Desk:
         if order.record_id or not is_known or not (order.why or order.subject):
             return None
         return review.Chosen(order.why, order.subject)
+
+    def _without_runs(self, subject: str) -> tuple[erasure.Receipt, list[str]]:
+        """Erase, ending the runs that use the data: what else they had waits again, and is due as before."""
+        ended: list[str] = []
+        while True:
+            try:
+                return erasure.erase(self._house.database, self._house.config, subject, time.time()), ended
+            except erasure.InUse as error:
+                self._cancel(error.run_id)
+                ended.append(error.run_id)
+            except erasure.CannotErase as error:
+                raise CannotBeDone(str(error)) from None
 
     def _record(self, command: Command) -> tuple[str, str]:
         if command.order.model not in self._house.config.models or not command.order.record_id:

@@ -56,7 +56,7 @@ class Service:
             "drop": self.intake.drop,
             "gc": self._sweep,
             "reload": lambda _: self.reload(),
-            **Desk(self.house).actions(),
+            **Desk(self.house, self.updates.cancel).actions(),
         }
 
     def start(self) -> None:

@@ -15,7 +15,7 @@ import msgspec
 
 from buffers import erasure, experience
 from daemon.config import Config
-from daemon.state import audit, runs, subjects
+from daemon.state import audit, likeness, runs, subjects
 from daemon.state.database import Connection, transaction
 from strategies.request import write
 
@@ -63,6 +63,7 @@ def erase(connection: Connection, config: Config, subject: str, now: float) -> R
         _check_no_run_uses(connection, config, forgotten)
         records = subjects.forget_records(connection, subject)
         subjects.bury(connection, subject, now)
+        likeness.forget_orphans(connection)
         versions = dict(_versions(connection, forgotten.learned_in))
         told = {"records": records, "examples": len(forgotten.examples), "versions": versions}
         audit.write(connection, "subject.erased", subjects.fingerprint(subject), told)

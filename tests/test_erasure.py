@@ -120,6 +120,14 @@ def test_a_re_drop_is_refused_and_nothing_of_it_is_kept(site: Site) -> None:
     assert site.holds(SECRET) == []
 
 
+def test_the_index_of_likeness_forgets_as_well(site: Site) -> None:
+    """No band leads to an example that is gone; those of others stay."""
+    site.append(record(1, ALICE, "Who keeps the desk?"), record(2, BOB, "Where is the heron?"))
+    erase(site.database, site.config, ALICE, NOW)
+    left = site.database.execute("SELECT count(*), count(DISTINCT example_id) FROM example_band").fetchone()
+    assert left == (5, 1)
+
+
 def test_what_another_subject_gave_as_well_stays(site: Site) -> None:
     """It is that one's from then on."""
     site.append(record(1, ALICE, "The same."), record(2, BOB, "The same."))

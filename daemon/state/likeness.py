@@ -65,7 +65,7 @@ def waiting(connection: Connection, keys: Iterable[int], model: str) -> list[Wai
 
 
 def forget_orphans(connection: Connection) -> None:
-    """Drop the bands of what is gone, inside the caller's transaction: after an erasure, and in the daily sweep."""
+    """Drop the bands of what is gone, inside the caller's transaction: after an erasure."""
     connection.execute("DELETE FROM example_band WHERE example_id NOT IN (SELECT id FROM example)")
     connection.execute(
         "DELETE FROM waiting_band WHERE NOT EXISTS (SELECT 1 FROM record WHERE record.model = waiting_band.model"

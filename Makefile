@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check bench bench-forgetting bench-poison soak bench-resident test-llama-server test-vllm wheel-check clean
+.PHONY: help install demo test test-slow test-distributed check bench bench-forgetting bench-poison soak bench-resident test-llama-server test-vllm wheel-check clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -67,6 +67,9 @@ $(VLLM)/installed: requirements-vllm.lock
 
 test-vllm: install $(VLLM)/installed ## a real vLLM (CPU build, 3 GB in .cache/vllm): 20 versions under load
 	$(BIN)/python -m pytest -s -m slow tests/test_vllm.py
+
+test-distributed: install ## every method on every installed backend, two processes against one; writes docs/scale.md
+	$(BIN)/python tests/distributed_matrix.py docs/scale.md
 
 check: .venv/installed ## the doors, style and types
 	$(BIN)/lint-imports

@@ -34,6 +34,8 @@ from strategies.request import (
 COMMAND = [sys.executable, "-m", launch.ALONE]
 """Of one process; see `strategies.parallel.launch` for several."""
 MEDIAN_STEPS_BEFORE_HANG = 10
+OWN_WORDS, LAUNCHER_LINES = "eternad: ", 200
+"""What a trainer of several processes says at the end begins so; torchrun's report follows, this long at most."""
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True):
@@ -235,11 +237,13 @@ def find_trainer(run_directory: Path) -> int | None:
 
 
 def tail(run_directory: Path, lines: int = 3) -> str:
-    """The last words of the trainer, for an error message."""
+    """The last words of the trainer, for an error message; where it speaks itself, not what a launcher adds."""
     try:
         text = (run_directory / "train.log").read_text("utf-8", "replace").strip().splitlines()
     except FileNotFoundError:
         return "it wrote no log"
+    if own := [line.removeprefix(OWN_WORDS) for line in text[-LAUNCHER_LINES:] if line.startswith(OWN_WORDS)]:
+        return own[0]
     return "its last words: " + " | ".join(text[-lines:]) if text else "it wrote nothing to train.log"
 
 

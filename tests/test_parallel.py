@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from test_template import make_items
 from test_train import FACTS, ROOT, demonstration, facts, finished, make_run
 
 from buffers.experience import Row
+from daemon import update
+from strategies import train
 from strategies.catalog import AGem, Distill, Ewc, Gem, Replay, Strategy
 from strategies.dataset import Item, micro_batches
-from strategies.parallel.choice import PAIRS, Parallel, refusal
+from strategies.parallel.choice import PAIRS, BackendName, Parallel, missing_extra, refusal
 from strategies.parallel.single import Single
-from strategies.request import Lora, RunReport
+from strategies.request import EXIT_TRAINED, Lora, RunReport
 
 CELLS: dict[str, list[Strategy]] = {
     "naive": [],
@@ -29,6 +32,9 @@ CELLS: dict[str, list[Strategy]] = {
     "agem": [AGem(examples=4)],
     "kl": [Distill(strength=1.0)],
 }
+TESTED: tuple[BackendName, ...] = (
+    "ddp", "fsdp2", "fabric-ddp", "fabric-fsdp2", "deepspeed-1", "deepspeed-2", "deepspeed-3",
+)  # fmt: skip
 TOLERANCE = 1e-5
 """Of every LoRA weight, after 16 steps: sums of float32 in another order differ by about 1e-6."""
 
@@ -57,6 +63,18 @@ def launch(directory: Path, processes: int = 2) -> "subprocess.Popen[bytes]":
             [*command, "-m", "strategies.train", str(directory)], cwd=ROOT, stdout=log, stderr=log,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
+
+
+def many(runs: list[Path]) -> None:
+    """Several runs one after other by two processes; each leaves its report, or its reason in `train.log` here."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    worker = Path(__file__).with_name("parallel_cells.py")
+    done = subprocess.run(
+        [*command, str(worker), *map(str, runs)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=900,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    if done.returncode:
+        sys.stderr.write(done.stderr[-20_000:])
 
 
 def alone(base: Path, directory: Path, cell: str, **changes: Any) -> RunReport:
@@ -128,35 +146,121 @@ def test_every_pair_without_a_package_of_its_own_is_allowed() -> None:
                 assert refusal(Parallel(executor=executor, backend=backend), "cpu", gpu=False) == ""
 
 
-@pytest.mark.parametrize("cell", ["ewc", "gem"])
-def test_two_processes_give_the_adapter_of_one(cell: str, tiny_base: Path, tmp_path: Path) -> None:
+CHEAP = ("ewc", "gem")
+"""Cells for every run of the tests; `make test-distributed` has all."""
+
+
+@pytest.fixture(scope="module")
+def single_runs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the cells' runs in one process are."""
+    directory = tmp_path_factory.mktemp("single")
+    for cell in CHEAP:
+        assert train.main(request(tiny_base, directory / cell, cell)) == EXIT_TRAINED
+    return directory
+
+
+@pytest.fixture(scope="module")
+def double_runs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the same runs by two processes are; backends whose package is missing have none."""
+    directory = tmp_path_factory.mktemp("double")
+    chosen = [Parallel(executor="torchrun", backend=backend, processes=2) for backend in TESTED]
+    many(
+        [
+            request(tiny_base, directory / f"{parallel.backend}-{cell}", cell, parallel=parallel)
+            for parallel in chosen if not missing_extra(parallel) for cell in CHEAP
+        ]
+    )  # fmt: skip
+    return directory
+
+
+@pytest.mark.parametrize("cell", CHEAP)
+@pytest.mark.parametrize("backend", TESTED)
+def test_two_processes_give_the_adapter_of_one(
+    backend: BackendName, cell: str, single_runs: Path, double_runs: Path
+) -> None:
     """Sums of parts, never means of means: also for Fisher information, projections and what is reported."""
-    one = alone(tiny_base, tmp_path / "one", cell)
-    request(tiny_base, tmp_path / "two", cell, parallel=Parallel(executor="torchrun", processes=2))
-    assert launch(tmp_path / "two").wait(120) == 0, (tmp_path / "two" / "train.log").read_text()
-    two = finished(tmp_path / "two")
-    assert difference(tmp_path / "one", tmp_path / "two") < TOLERANCE
-    assert (two.backend, two.processes, two.steps) == ("ddp", 2, one.steps)
+    if reason := missing_extra(Parallel(executor="torchrun", backend=backend)):
+        pytest.skip(reason)
+    one, two = finished(single_runs / cell), finished(double_runs / f"{backend}-{cell}")
+    assert difference(single_runs / cell, double_runs / f"{backend}-{cell}") < TOLERANCE
+    assert (two.backend, two.processes, two.steps) == (backend, 2, one.steps)
     assert two.strategies[cell] == pytest.approx(one.strategies[cell], rel=1e-4)
+    assert one.strategies[cell].get("projections", 1) > 0
     assert one.evaluation and two.evaluation and one.evaluation.new and two.evaluation.new
     assert two.evaluation.new.after.mean == pytest.approx(one.evaluation.new.after.mean, abs=1e-5)
 
 
-def test_a_lost_process_ends_the_run(tiny_base: Path, tmp_path: Path) -> None:
-    """SIGKILL to one of two: the other one leaves as well, without a report, and its log says why."""
+@pytest.fixture
+def endless(tiny_base: Path, tmp_path: Path) -> "Iterator[tuple[Path, subprocess.Popen[bytes]]]":
+    """Two processes that train for hours; what is left of them is ended."""
     directory = request(
         tiny_base, tmp_path / "two", "naive", training={"epochs": 5000},
         parallel=Parallel(executor="torchrun", processes=2, timeout_seconds=30),
     )  # fmt: skip
     agent = launch(directory)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 200
     while '"step":0' in (progress := text_of(directory / "progress.json")) or '"phase":"train"' not in progress:
-        assert time.monotonic() < deadline and agent.poll() is None
+        assert time.monotonic() < deadline and agent.poll() is None, text_of(directory / "train.log")
         time.sleep(0.2)
+    yield directory, agent
+    agent.kill()
+    agent.wait()
+
+
+def test_a_lost_process_ends_the_run(endless: "tuple[Path, subprocess.Popen[bytes]]") -> None:
+    """SIGKILL to one of two: the other one leaves as well, without a report, and its log says why."""
+    directory, agent = endless
     os.kill(int(workers(agent.pid)[-1]), signal.SIGKILL)
-    assert agent.wait(90) != 0
+    assert agent.wait(120) != 0
     assert not (directory / "report.json").exists()
-    assert "eternad: another process of this run is gone" in text_of(directory / "train.log")
+    assert "another process of this run is gone" in update.tail(directory)
+
+
+@pytest.mark.slow
+def test_a_lost_launcher_takes_its_processes_with_it(endless: "tuple[Path, subprocess.Popen[bytes]]") -> None:
+    """Nothing trains on in a run directory that the next attempt writes to."""
+    _, agent = endless
+    pids = workers(agent.pid)
+    assert len(pids) == 2
+    agent.kill()
+    deadline = time.monotonic() + 20
+    while any(is_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_processes_that_are_told_to_stop_resume_to_the_same_adapter(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM to the launcher: one checkpoint, by all together; the second start ends where an unbroken run does."""
+    changes: dict[str, Any] = {"training": {"epochs": 60}}
+    alone(tiny_base, tmp_path / "one", "ewc", **changes)
+    directory = request(
+        tiny_base, tmp_path / "two", "ewc", parallel=Parallel(executor="torchrun", processes=2), **changes
+    )
+    monkeypatch.chdir(ROOT)
+    trainer = update.Trainer(directory)
+    trainer.start()
+    deadline = time.monotonic() + 200
+    while '"phase":"train"' not in text_of(directory / "progress.json"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    trainer.stop(60)
+    ended = trainer.finished()
+    assert ended is not None and ended.outcome == "interrupted" and (directory / "checkpoint.json").exists()
+    again = update.Trainer(directory)
+    again.start()
+    while (ended := again.finished()) is None:
+        assert time.monotonic() < deadline + 200
+        time.sleep(0.5)
+    assert ended.outcome == "trained"
+    assert difference(tmp_path / "one", directory) < 10 * TOLERANCE
+
+
+def is_alive(pid: str) -> bool:
+    """Whether a process is there and not a zombie."""
+    return "\nState:\tZ" not in (status := text_of(Path(f"/proc/{pid}/status"))) and bool(status)
 
 
 def text_of(path: Path) -> str:

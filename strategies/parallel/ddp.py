@@ -5,7 +5,9 @@ LoRA parameters, complete at the end of the backward pass, and one all-reduce pe
 send, however many forward passes it took.
 """
 
+import ctypes
 import os
+import signal
 from datetime import timedelta
 
 import torch
@@ -42,6 +44,7 @@ class DataParallel(Single):
             dist.destroy_process_group()
 
 
+PR_SET_PDEATHSIG = 1
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells its processes."""
 LOST = ("connection closed by peer", "connection reset by peer", "timed out", "timeout", "broken pipe", "socket")
@@ -70,5 +73,18 @@ def place() -> None:
     if missing:
         reason = f"several processes are configured, but {missing[0]} is not set: start the run with torchrun"
         raise Failure("not_launched", reason)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_launcher()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def die_with_launcher() -> None:
+    """From now on the kernel kills this process when torchrun ends (PR_SET_PDEATHSIG, prctl(2)).
+
+    The daemon watches torchrun, which starts its processes in sessions of their own: were it killed, they would train
+    on in a run directory that the next attempt writes to.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:  # too late to be told
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -34,12 +34,10 @@ def open_backend(parallel: Parallel, device: str) -> Backend:
             from strategies.parallel.horovod import HorovodParallel
 
             backend = HorovodParallel()
-        case "horovod":
-            from strategies.parallel.horovod import HorovodParallel
+        case "fabric-deepspeed":
+            from strategies.parallel.zero import FabricZeroParallel
 
-            backend = HorovodParallel()
-        case other:
-            raise Failure("bad_parallel", f"backend = '{other}' is not built")
+            backend = FabricZeroParallel(parallel.timeout_seconds)
     if parallel.executor != "ray" and backend.size != parallel.processes:
         found, wanted = backend.size, parallel.processes
         backend.close()

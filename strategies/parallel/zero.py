@@ -113,6 +113,25 @@ class ZeroParallel(DataParallel):
         return next((state["step"] for state in self._inner().values() if "step" in state), None)
 
 
+class FabricZeroParallel(ZeroParallel):
+    """Stage 2 through Lightning Fabric's own strategy, which takes CUDA devices only; never run on any so far."""
+
+    def __init__(self, timeout_seconds: float) -> None:
+        super().__init__(2, timeout_seconds)
+        self.name = "fabric-deepspeed"
+
+    def _initialise(self, optimizer: AdamW) -> Any:
+        from lightning_fabric import Fabric
+        from lightning_fabric.strategies import DeepSpeedStrategy
+
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        strategy = DeepSpeedStrategy(config=settings(2))
+        fabric = Fabric(accelerator="cuda", devices=here, num_nodes=self.size // here, strategy=strategy)
+        fabric.launch()
+        module, _ = fabric.setup(self._divided, optimizer)
+        return module._forward_module  # DeepSpeed's engine, which `step` drives
+
+
 def settings(stage: int) -> dict[str, Any]:
     """DeepSpeed's configuration; what is not said here would be changed behind our back."""
     return {

@@ -41,7 +41,9 @@ def machine(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Iterator
 
 def test_the_demos_first_drop_is_learned_in_the_units(machine: Machine) -> None:
     """The file goes live without a hand; the engine's unit then answers what it says, and did not know before."""
-    machine.run("systemctl", "start", "eternad-engine@npc", "eternad")
+    machine.run("systemctl", "start", "--no-block", "eternad-engine@npc", "eternad")
+    for unit in ("eternad-engine@npc", "eternad"):
+        machine.wait(f"{unit} active", lambda unit=unit: machine.show(unit, "ActiveState") == "active", 600)  # type: ignore[misc]
     drop = BIBLIOTECA / "drops" / "drop-1-people.jsonl"
     questions = [json.loads(line) for line in drop.with_suffix(".questions.jsonl").read_text().splitlines()]
     before = known(machine, questions[:6])
@@ -53,6 +55,6 @@ def test_the_demos_first_drop_is_learned_in_the_units(machine: Machine) -> None:
 
 def known(machine: Machine, questions: list[dict[str, Any]]) -> int:
     """How many of these the engine answers with the word that matters."""
-    answers = [machine.eternad("ask", "npc", question["question"]) for question in questions]
+    answers = [machine.eternad("ask", "npc", question["question"], "--tokens", "24") for question in questions]
     pairs = zip(questions, answers, strict=True)
     return sum(any(word in answer for word in question["accepted"]) for question, answer in pairs)

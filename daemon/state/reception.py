@@ -35,4 +35,7 @@ def by_version(connection: Connection, model: str, records: int = RECORDS) -> li
         """,
         (model, records),
     )
-    return [Reception(*map(str, row[:3]), records=int(row[3]), mean=row[4]) for row in rows]
+    return [
+        Reception(str(version), str(kind), str(metric), int(number), mean)
+        for version, kind, metric, number, mean in rows
+    ]

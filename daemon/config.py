@@ -18,7 +18,7 @@ from daemon.notify.settings import Notify, problem
 from daemon.rollout import Rollout, stages
 from daemon.trust.policy import Source, Trust
 from daemon.tuning_rules import Tuning
-from strategies.catalog import BY_NAME, Count, NotNegative, Positive, Strategy
+from strategies.catalog import BY_NAME, Count, NotNegative, Positive, Strategy, key_of
 from strategies.parallel.choice import Parallel, has_gpu, refusal
 from strategies.request import Lora, Training
 
@@ -322,7 +322,7 @@ def _check(config: Config, path: Path) -> None:
                 f"{place} base_path = {model.base_path} holds no model (no config.json there). Give the directory of a"
                 " base model, or make the small example one: python -m strategies.from_gguf DIRECTORY"
             )
-        names = [type(strategy).__name__ for strategy in model.strategy]
+        names = ["".join(key_of(strategy)) for strategy in model.strategy]
         if twice := {each for each in names if names.count(each) > 1}:
             raise ConfigError(f"{place} strategy `{twice.pop().lower()}` is listed twice")
         _check_rollout(config, model, f"{place}.rollout")

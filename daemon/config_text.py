@@ -96,7 +96,8 @@ _KINDS = {
     "list[str]": "list of texts", "dict[str, Model]": "tables", "dict[str, Engine]": "tables",
     "dict[str, Source]": "tables", "list[Personal]": "list of `email`, `phone`, `iban`, `credit_card`, `ip`",
     "list[Event]": "list of " + ", ".join(f"`{event}`" for event in EVENTS),
-    "Whole": "whole number >= 0", "list[Strategy]": "list of tables", "list[Percent]": "list of numbers > 0, < 100",
+    "Whole": "whole number >= 0", "list[Strategy]": "list of tables",
+    "dict[str, float | int | str | bool]": "table of values", "list[Percent]": "list of numbers > 0, < 100",
 }  # fmt: skip
 
 

@@ -164,6 +164,38 @@ class Rewrite(msgspec.Struct, frozen=True, tag_field="name", tag="rewrite", forb
     """Environment variable of the daemon that holds the bearer token; empty: none."""
 
 
+SCHEDULERS = ("ConstantLR", "CosineAnnealingLR", "ExponentialLR", "LinearLR", "PolynomialLR", "StepLR")
+LOGGERS = ("TextLogger", "CSVLogger", "TensorboardLogger")
+OWN_INSTEAD = {
+    "AGEMPlugin": 'name = "agem"', "EWCPlugin": 'name = "ewc"', "GEMPlugin": 'name = "gem"',
+    "LwFPlugin": 'name = "distill"', "MASPlugin": 'name = "mas"', "ReplayPlugin": 'name = "replay"',
+    "SynapticIntelligencePlugin": 'name = "si"',
+    "GDumbPlugin": 'name = "replay" with the buffer policy "balanced"',
+    "MIRPlugin": 'name = "replay" with the buffer policy "surprise"',
+    "EarlyStoppingPlugin": "training.early_stop_patience",
+}  # fmt: skip
+"""Avalanche's plugins that copy the whole model or assume a classifier, and what does the same here."""
+
+
+class Avalanche(msgspec.Struct, frozen=True, tag_field="name", tag="avalanche", forbid_unknown_fields=True):
+    """A plugin of Avalanche itself (Lomonaco et al., arXiv:2104.00405), of those that fit: schedulers and loggers."""
+
+    plugin: str = "LRSchedulerPlugin"
+    """`LRSchedulerPlugin`, `TextLogger`, `CSVLogger` or `TensorboardLogger`; one entry for each that is wanted."""
+    parameters: dict[str, float | int | str | bool] = {}
+    """The plugin's own: `scheduler = "StepLR"` and torch's arguments, `step_granularity`; a logger's `directory`."""
+
+    def __post_init__(self) -> None:
+        if self.plugin in OWN_INSTEAD:
+            raise ValueError(f"{self.plugin} does not fit a language model's adapter; use {OWN_INSTEAD[self.plugin]}")
+        if self.plugin not in ("LRSchedulerPlugin", *LOGGERS):
+            raise ValueError(f"no plugin {self.plugin!r}; known: LRSchedulerPlugin, {', '.join(LOGGERS)}")
+        if self.plugin in LOGGERS and set(self.parameters) != {"directory"}:
+            raise ValueError(f"{self.plugin} takes the parameter `directory`, where it writes, and no other")
+        if self.plugin == "LRSchedulerPlugin" and self.parameters.get("scheduler", "ExponentialLR") not in SCHEDULERS:
+            raise ValueError(f"no scheduler {self.parameters['scheduler']!r}; known: {', '.join(SCHEDULERS)}")
+
+
 class Freeze(msgspec.Struct, frozen=True, tag_field="name", tag="freeze", forbid_unknown_fields=True):
     """The bottom layers' adapter stays as it is; the backward pass ends above it, which saves time."""
 
@@ -193,6 +225,7 @@ Strategy = (
     | SlowAverage
     | Augment
     | Rewrite
+    | Avalanche
     | Freeze
     | OLora
 )
@@ -209,6 +242,12 @@ BY_NAME: dict[str, type[Strategy]] = {
     "ema": SlowAverage,
     "augment": Augment,
     "rewrite": Rewrite,
+    "avalanche": Avalanche,
     "freeze": Freeze,
     "olora": OLora,
 }
+
+
+def key_of(strategy: Strategy) -> tuple[str, str]:
+    """What may be given once: a strategy, or one plugin of Avalanche."""
+    return type(strategy).__name__, strategy.plugin if isinstance(strategy, Avalanche) else ""

@@ -130,17 +130,33 @@ _operators = _mend_torchvision() if _needs_mending() else None
 _import_avalanche()
 
 from avalanche.benchmarks.scenarios.dataset_scenario import DatasetExperience  # noqa: E402 - possible from here on
+from avalanche.benchmarks.scenarios.generic_scenario import CLStream  # noqa: E402
 from avalanche.benchmarks.utils.data import AvalancheDataset  # noqa: E402
 from avalanche.core import SupervisedPlugin  # noqa: E402
+from avalanche.evaluation.metric_results import MetricValue  # noqa: E402
 from avalanche.logging.base_logger import BaseLogger  # noqa: E402
 from avalanche.training.plugins.evaluation import EvaluationPlugin  # noqa: E402
+from avalanche.training.plugins.lr_scheduling import LRSchedulerPlugin  # noqa: E402
 from avalanche.training.templates.common_templates import SupervisedTemplate  # noqa: E402
 
 __all__ = [
     "AvalancheDataset",
     "BaseLogger",
+    "CLStream",
     "DatasetExperience",
     "EvaluationPlugin",
+    "LRSchedulerPlugin",
+    "MetricValue",
     "SupervisedPlugin",
     "SupervisedTemplate",
+    "logger_class",
 ]
+
+
+def logger_class(name: str) -> Any:
+    """One of avalanche's loggers; raises `ModuleNotFoundError` where what it writes with is not installed."""
+    import avalanche.logging
+
+    if name == "TensorboardLogger" and not _is_installed("tensorboard"):
+        raise ModuleNotFoundError("it needs tensorboard: pip install tensorboard", name="tensorboard")
+    return getattr(avalanche.logging, name)

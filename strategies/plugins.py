@@ -6,6 +6,7 @@ from typing import Any
 from strategies import catalog
 from strategies.agem import AveragedGem
 from strategies.augment import EmbeddingNoise
+from strategies.avalanche_plugins import avalanche_plugin
 from strategies.derpp import DarkReplay
 from strategies.distill import Distillation
 from strategies.ema import SlowAverage
@@ -38,6 +39,7 @@ IN_ORDER: dict[type, Callable[[Any], Learner]] = {
     catalog.OLora: OrthogonalSlices,
     catalog.Freeze: Freezing,
     catalog.SlowAverage: SlowAverage,
+    catalog.Avalanche: avalanche_plugin,
 }
 
 
@@ -50,7 +52,7 @@ def build(strategies: Sequence[catalog.Strategy]) -> list[Learner]:
         if type(strategy) not in IN_ORDER:
             known = ", ".join(catalog.BY_NAME)
             raise Failure("bad_strategy", f"no plugin for the strategy {type(strategy).__name__}; known: {known}")
-        if type(strategy) in {type(other) for other in strategies[:place]}:
+        if catalog.key_of(strategy) in {catalog.key_of(other) for other in strategies[:place]}:
             name = type(strategy).__struct_config__.tag
             reason = f"the strategy {name!r} is given twice; give it once, with the parameters you want"
             raise Failure("bad_strategy", reason)

@@ -29,6 +29,7 @@ from strategies.forward import TopRows, completion_logprobs, label_states, seque
 from strategies.lean_avalanche import (
     AvalancheDataset,
     BaseLogger,
+    CLStream,
     DatasetExperience,
     EvaluationPlugin,
     SupervisedTemplate,
@@ -43,6 +44,7 @@ class UpdateExperience(DatasetExperience[Any]):
     def __init__(self, items: Sequence[Item], update: int) -> None:
         self.items = list(items)
         super().__init__(dataset=AvalancheDataset([TokenDataset(self.items)]), current_experience=update)
+        self.origin_stream = CLStream("train", [self], set_stream_info=False)  # what loggers call it by
 
 
 class _Silent(BaseLogger):
@@ -123,6 +125,8 @@ class Template(SupervisedTemplate[Any, Any, Any]):
         self.position = Position()
         self.epoch = 0
         self.steps = 0
+        self.schedules_rate = True
+        """Whether the learning rate follows `schedule`; a plugin may take it over."""
         self.step_items: list[Item] = []
         self._reference: dict[Item, Tensor] = {}
 
@@ -256,9 +260,10 @@ class Template(SupervisedTemplate[Any, Any, Any]):
         if self.step == 0 and norm == 0:
             raise Failure("nothing_to_learn", "the first gradient is zero: no adapter parameter reaches the loss")
         self.adapter.gradient.mul_((self.training.clip_norm / (norm + 1e-6)).clamp(max=1.0))
-        self.optimizer.param_groups[0]["lr"] = self.training.learning_rate * schedule(
-            self.step, self.steps, self.training.warmup_share
-        )
+        if self.schedules_rate:
+            self.optimizer.param_groups[0]["lr"] = self.training.learning_rate * schedule(
+                self.step, self.steps, self.training.warmup_share
+            )
         self._before_update(**kwargs)
         self.optimizer_step()
         self.adapter.refresh()

@@ -38,7 +38,13 @@ engine = "npc"
 lora = {{ rank = 4 }}
 training = {{ epochs = {epochs}, early_stop_patience = 0, learning_rate = 1e-2 }}
 schedule = {{ threshold_examples = 8, quiet_seconds = 0.5 }}
-gate = {{ old_loss_max = 10.0, eval_loss_max = 10.0, drift_base_max = 100.0, drift_previous_max = 100.0, general_loss_max = 100.0, new_gain_min = -10.0 }}
+[models.npc.gate]
+old_loss_max = 10.0
+eval_loss_max = 10.0
+drift_base_max = 100.0
+drift_previous_max = 100.0
+general_loss_max = 100.0
+new_gain_min = -10.0
 [engines.npc]
 urls = ["unix:/run/eternad-engines/npc/engine.sock"]
 reconcile_seconds = 0.5

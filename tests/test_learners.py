@@ -54,6 +54,7 @@ STRATEGIES |= {
     "ewc": catalog.Ewc(general=0.5, samples=4),
     "kronecker": catalog.Kronecker(general=0.5, samples=4),
     "gem": catalog.Gem(refresh_steps=2),
+    "avalanche": catalog.Avalanche(parameters={"gamma": 0.5}),
 }
 
 

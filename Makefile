@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-distributed check bench bench-forgetting bench-poison soak bench-resident test-llama-server test-vllm wheel-check clean
+.PHONY: help install demo test test-slow test-gateway test-distributed check bench bench-forgetting bench-poison soak bench-resident test-llama-server test-vllm wheel-check clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -70,6 +70,9 @@ test-vllm: install $(VLLM)/installed ## a real vLLM (CPU build, 3 GB in .cache/v
 
 test-distributed: install ## every method on every installed backend, two processes against one; writes docs/scale.md
 	$(BIN)/python tests/distributed_matrix.py docs/scale.md
+
+test-gateway: install ## engines behind the gateway: 10,000 requests under 100 swaps, 400 kills in mid-swap
+	$(BIN)/python -m pytest -s -m slow tests/test_gateway_engine.py tests/test_kill_swap.py
 
 check: .venv/installed ## the doors, style and types
 	$(BIN)/lint-imports

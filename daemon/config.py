@@ -5,6 +5,7 @@ The text under a field is its documentation: `eternad init` and `docs/configure.
 """
 
 import difflib
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -23,6 +24,7 @@ from strategies.parallel.choice import Parallel, has_gpu, refusal
 from strategies.request import Lora, Training
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+CREDENTIAL, UNIT_CREDENTIALS = "credential:", "/run/credentials/eternad.service"
 LOOPBACK = re.compile(r"(127\.\d+\.\d+\.\d+|localhost|\[::1\]):\d{1,5}")
 
 
@@ -52,11 +54,14 @@ class Watch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Engine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What serves models: an inference engine that is reached over HTTP."""
 
-    kind: Literal["embedded", "vllm", "sglang", "lorax", "llama_server", "directory"] = "embedded"
+    kind: Literal["embedded", "vllm", "sglang", "lorax", "mistral", "llama_server", "directory"] = "embedded"
     urls: list[str] = msgspec.field(default_factory=list)
     """One per replica: `http://127.0.0.1:8900`, or `unix:/run/eternad/engine.sock`."""
     token_file: Path | None = None
-    """File with the bearer token of the engine."""
+    """File with the bearer token of the engine; `credential:NAME`: systemd's credential of the unit that reads it."""
+    slots: Count = 3
+    """Adapters that it keeps ready at once, three for each model that it serves: the live version, the one before it and
+    the candidate. `embedded` and `mistral` say it themselves."""
     timeout_seconds: Positive = 30.0
     reconcile_seconds: Positive = 5.0
     """Every so often the desired version is compared with what the engine really serves."""
@@ -226,6 +231,9 @@ def load(path: Path) -> Config:
 
 
 def _decode(kind: type, value: Any) -> Any:
+    if kind is Path and value.startswith(CREDENTIAL):
+        directory = Path(os.environ.get("CREDENTIALS_DIRECTORY", UNIT_CREDENTIALS))
+        return directory / f"eternad_{value.removeprefix(CREDENTIAL)}"
     if kind is Path:
         return Path(value).expanduser()
     raise TypeError(f"no {kind} in a configuration")

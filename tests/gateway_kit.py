@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -30,6 +31,8 @@ class Chatter:
     def __init__(self, name: str = "a") -> None:
         self.name = name
         self.delay_seconds = 0.0
+        self.hold: threading.Event | None = None
+        """No answer is begun before it is set."""
         self.says_model: str | None = None
         """The `model` of its answers; None: what was asked for."""
         self.failures: list[int] = []
@@ -67,6 +70,8 @@ class Chatter:
         )
 
     async def _pause(self, request: Request) -> None:
+        while self.hold is not None and not self.hold.is_set():
+            await asyncio.sleep(0.1)
         deadline = time.monotonic() + self.delay_seconds
         while time.monotonic() < deadline:
             await asyncio.sleep(0.01)

@@ -1,7 +1,9 @@
 """Engines behind the gateway: the daemon's contract, swaps under load, and kills of every process between the steps."""
 
+import asyncio
 import contextlib
 import itertools
+import json
 import random
 import threading
 import time
@@ -23,6 +25,7 @@ from daemon.engines.contract import EngineRefused, EngineUnavailable, ProbeFaile
 from daemon.engines.exposure import Exposure, Split
 from daemon.engines.gateway import BehindGateway, lorax_name
 from daemon.engines.reconcile import Desired, reconcile
+from daemon.gateway.upstream import Replica
 from strategies.request import Canary
 
 # httpcore leaves a Unix socket to the garbage collector when it cannot connect
@@ -356,3 +359,39 @@ def test_two_hundred_kills_between_the_steps_of_a_swap(
 ) -> None:
     """The same 200 times."""
     check_kills(gateway, engine, vllm, versions, 200)
+
+
+def test_a_swap_with_a_thousand_requests_in_flight(gateway: Gateway) -> None:
+    """All of them end whole on the version that they began with; what comes after the swap gets the next one."""
+    chatter, requests = Chatter(), 1000
+    body = json.dumps({**ASKED, "stream": True}).encode()
+    seen: Counter[str] = Counter()
+
+    async def ask(replica: Replica) -> None:
+        exchange = await replica.send(b"/v1/completions", [(b"content-type", b"application/json")], body)
+        version = exchange.head.header(b"x-adapter-version").decode()
+        text = await exchange.body()
+        assert exchange.status == 200 and text.endswith(b"[DONE]\n\n") and text.count(version.encode()) == 10
+        seen[version] += 1
+
+    def inflight() -> int:
+        return int(gateway.admin("GET", "/inflight").json()["versions"].get("npc@0001", 0))
+
+    async def swap_in_between(url: str) -> None:
+        replica, running = Replica(gateway.url, None, 30.0, 120.0), list[asyncio.Task[None]]()
+        while len(running) < requests:  # in waves: a busy machine must not take too long to connect
+            running += [asyncio.create_task(ask(replica)) for _ in range(50)]
+            while inflight() < len(running):
+                assert not any(task.done() for task in running), [task.exception() for task in running if task.done()]
+                await asyncio.sleep(0.02)
+        assert gateway.put("npc", target("npc@0002", url)).status_code == 200
+        assert chatter.hold is not None
+        chatter.hold.set()
+        await asyncio.gather(*running, ask(replica))
+
+    with engines(chatter) as (url,):
+        chatter.hold = threading.Event()
+        gateway.put("npc", target("npc@0001", url))
+        asyncio.run(swap_in_between(url))
+        assert gateway.admin("POST", "/drain", {"version": "npc@0001"}).json()["drained"]
+    assert seen == {"npc@0001": requests, "npc@0002": 1}

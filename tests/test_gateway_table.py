@@ -10,6 +10,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from daemon.config import load
+from daemon.gateway import server
 from daemon.gateway.answers import EventStream, with_model
 from daemon.gateway.split import choose, is_copied
 from daemon.gateway.table import Conflict, InvalidRoute, Route, Table, TableFile, Target, check
@@ -198,3 +200,21 @@ def test_events_that_say_the_version_pass_untouched(size: int) -> None:
     events = EventStream("npc@0001")
     passed = b"".join(events.feed(stream[at : at + size]) for at in range(0, len(stream), size)) + events.rest()
     assert passed == stream
+
+
+def test_a_credential_is_found_where_systemd_puts_it_for_each_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One configuration, two units: each reads the token from its own directory, and the gateway shows it."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    path = tmp_path / "eternad.toml"
+    path.write_text(
+        'library_directory = "l"\nstate_directory = "s"\n[models.npc]\nbase_path = "base"\nengine = "e"\n'
+        '[engines.e]\nurls = ["http://127.0.0.1:1?x=y"]\ntoken_file = "credential:gateway_engine"\n'
+    )
+    for unit in ("eternad.service", "eternad-gateway.service"):
+        (tmp_path / unit).mkdir()
+        (tmp_path / unit / "eternad_gateway_engine").write_text(f"secret of {unit}\n")
+        monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path / unit))
+        assert server._tokens(load(path)) == {"http://127.0.0.1:1": f"secret of {unit}"}

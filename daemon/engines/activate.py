@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 import msgspec
 
-from daemon.engines.contract import Engine, EngineRefused, ProbeFailed, Version
+from daemon.engines.contract import Engine, EngineRefused, EngineUnavailable, ProbeFailed, Version
 from daemon.engines.proof import TOLERANCE_NATS, Match, judge
 from strategies.request import Canary
 
@@ -50,7 +50,8 @@ def activate(
     try:
         can_probe = engine.capabilities().can_probe
         match = prove(engine, version.name, canaries, tolerance) if can_probe else None
-    except EngineRefused:
+    except EngineRefused as error:
+        check_not_lost(engine, version.name, error)
         if current != version.name:
             engine.unload(version.name)
         raise
@@ -80,6 +81,12 @@ def make_room(engine: Engine, name: str, keep: Collection[str] = ()) -> list[str
     for evicted in going:
         engine.unload(evicted)
     return going
+
+
+def check_not_lost(engine: Engine, name: str, error: EngineRefused) -> None:
+    """Raise `EngineUnavailable` if the engine was restarted under our hands: what it says then proves nothing."""
+    if all(row.name != name for row in engine.loaded()):
+        raise EngineUnavailable(f"the engine has lost {name} since it was loaded, as by a restart: {error}") from error
 
 
 def prove(engine: Engine, name: str, canaries: list[Canary], tolerance: float = TOLERANCE_NATS) -> Match:

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
-from daemon.engines.activate import Activation, make_room, prove
+from daemon.engines.activate import Activation, check_not_lost, make_room, prove
 from daemon.engines.contract import Engine, EngineRefused, EngineUnavailable, Routed, Version
 from daemon.engines.proof import Match
 from strategies.request import Canary
@@ -82,8 +82,9 @@ def _prove(engine: Splitting, alias: str, exposure: Exposure) -> Match | None:
     """A candidate that cannot be proven loses its share at once."""
     try:
         return prove(engine, exposure.version.name, exposure.canaries) if engine.capabilities().can_probe else None
-    except EngineRefused:
+    except EngineRefused as error:
         withdraw(engine, alias)
+        check_not_lost(engine, exposure.version.name, error)
         with contextlib.suppress(EngineUnavailable):  # what still runs on it ends in peace; room is made later
             engine.unload(exposure.version.name)
         raise

@@ -1,7 +1,7 @@
 """HTTP/1.1 as an engine speaks it (RFC 9112), as far as a client needs it. Pure: bytes in, bytes out.
 
-Clients are strangers, so what they send is read by llhttp. Engines are ours: their answers pass through as bytes, and only
-what is needed of them is looked at. `tests/test_gateway_wire.py` holds this module to h11's results.
+Clients are strangers, so what they send is read by llhttp. Engines are ours: their answers pass through as bytes, and
+only what is needed of them is looked at. `tests/test_gateway_wire.py` holds this module to h11's results.
 """
 
 import re

@@ -75,6 +75,7 @@ class Serving:
         """
         key, engine = (model, number), self._house.config.models[model].engine
         if key not in self._activating:
+            self._apply_reconciled()  # else looks that last longer than their interval would never let one begin
             if self._is_busy(engine):
                 return None
             self._activating[key] = self._threads.submit(self._activate, model, number, self._keep(engine), stage)

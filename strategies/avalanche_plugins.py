@@ -46,7 +46,9 @@ class Logger(Learner, supports_distributed=True):
         self._close: Callable[[], None] = lambda: None
 
     def before_training_exp(self, strategy: Any, *_: Any, **__: Any) -> None:
-        """Open a file or directory per update, and let Avalanche's evaluation plugin feed it."""
+        """Open a file or directory per update, and let Avalanche's evaluation plugin feed it; in the first process."""
+        if strategy.adapter.backend.rank:
+            return
         place = Path(str(self.parameters.parameters["directory"]))
         try:
             place.mkdir(parents=True, exist_ok=True)
@@ -71,6 +73,8 @@ class Logger(Learner, supports_distributed=True):
 
     def after_training(self, strategy: Any, *_: Any, **__: Any) -> None:
         """The last callback: what the logger still has to say at the end, then its file is closed."""
+        if self._logger is None:
+            return
         self._logger.after_training(strategy, [])
         strategy.evaluator.loggers.remove(self._logger)
         self._close()

@@ -27,6 +27,7 @@ from bench.speed_report import (
     text_of,
     write_page,
 )
+from daemon import config as configuration
 from strategies.dataset import batches as shuffled
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,12 +90,15 @@ def test_a_shipped_plugin_that_fails_says_why(small: Work, monkeypatch: pytest.M
     assert found.failure.startswith("ValueError: batch_size should be")
 
 
-def test_a_file_is_dropped_whole_and_the_daemons_rows_are_read(tmp_path: Path) -> None:
+def test_a_file_is_dropped_whole_and_the_daemons_rows_are_read(tiny_base: Path, tmp_path: Path) -> None:
     """Nothing partial is ever visible under its name; before there is a database there are no rows."""
     place = service.Place(tmp_path)
     place.drop("content/book/porter/facts.jsonl", [b"one\n", b"two\n"])
     assert (tmp_path / "library/content/book/porter/facts.jsonl").read_bytes() == b"one\ntwo\n"
     assert place.ask("SELECT 1 FROM run") == []
+    text = service.CONFIG.format(port=9, base=tiny_base, general=tmp_path)
+    (tmp_path / "eternad.toml").write_text(text, "utf-8")
+    assert set(configuration.load(tmp_path / "eternad.toml").models) == {"npc", "book"}
     with pytest.raises(TimeoutError, match="for the moon"):
         service.until(lambda: False, "the moon", seconds=0.01)
 

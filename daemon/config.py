@@ -60,8 +60,8 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     token_file: Path | None = None
     """File with the bearer token of the engine; `credential:NAME`: systemd's credential of the unit that reads it."""
     slots: Count = 3
-    """Adapters that it keeps ready at once, three for each model that it serves: the live version, the one before it and
-    the candidate. `embedded` and `mistral` say it themselves."""
+    """Adapters that it keeps ready at once, three for each model that it serves: the live version, the one before it
+    and the candidate. `embedded` and `mistral` say it themselves."""
     timeout_seconds: Positive = 30.0
     reconcile_seconds: Positive = 5.0
     """Every so often the desired version is compared with what the engine really serves."""

@@ -1,5 +1,6 @@
 """The fake engine in other engines' dialects: their routes, their status codes, their traps."""
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,69 @@ class FakeSglang(FakeVllm):
         return JSONResponse({"text": "", "meta_info": {"input_token_logprobs": rows}})
 
 
+class FakeMistral(FakeEngine):
+    """mistral.rs: a listing with generations and leases, 409 and 422 for 400 and 500, greedy answers only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: dict[str, list[int]] = {}
+        self.hides_paths = False
+
+    def routes(self) -> list[Route]:
+        """Of its server with runtime updating."""
+        return [
+            Route("/health", self.health),
+            Route("/v1/lora_adapters", self.listing),
+            Route("/v1/load_lora_adapter", self.load, methods=["POST"]),
+            Route("/v1/unload_lora_adapter", self.unload, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+        ]
+
+    async def listing(self, _: Request) -> Response:
+        """What is loaded, and which generations are resident."""
+        rows = [self._row(row) for row in self.adapters.values()]
+        resident = [
+            {"generation": row["generation"], "aliases": [row["id"]], "active_leases": 2, "retired": False}
+            for row in rows
+        ]
+        return JSONResponse({"object": "list", "data": rows, "generations": resident, "max_adapters": self.slots})
+
+    async def load(self, request: Request) -> Response:
+        """Its own codes: 409 for a name in use and for full slots, 422 for unfit files."""
+        body = await request.json()
+        name, path = body["lora_name"], Path(body["lora_path"])
+        if not path.is_dir():
+            return error(404, f"failed to access adapter directory `{path}`")
+        if (path / "torn").exists():
+            return error(422, "invalid LoRA adapter")
+        if name in self.adapters or len(self.adapters) >= self.slots:
+            return error(409, f"`{name}` is already loaded, or there are too many")
+        self.adapters[name] = {"name": name, "root": str(path)}
+        return JSONResponse(self._row(self.adapters[name]))
+
+    async def chat(self, request: Request) -> Response:
+        """The canary's answer, scored by whoever answers."""
+        body = await request.json()
+        name = body["model"]
+        if name != "default" and name not in self.adapters:
+            return error(404, f"no model {name}")
+        weights = "base" if name == "default" or self.lies else self.confuses or self.adapters[name]["root"]
+        return JSONResponse({"choices": [greedy(weights, self.answers[body["messages"][0]["content"]])]})
+
+    def _row(self, adapter: dict[str, Any]) -> dict[str, Any]:
+        source = {} if self.hides_paths else {"source": adapter["root"]}
+        generation = hashlib.sha256(adapter["root"].encode()).hexdigest()
+        return {"id": adapter["name"], "object": "lora_adapter", "generation": generation, "rank": 4, **source}
+
+
+def greedy(weights: str, tokens: list[int]) -> dict[str, Any]:
+    """A choice of a chat answer: these tokens, scored by `weights`."""
+    ids = [1, 2, 3]
+    scores = [{"token": str(token), "logprob": logprob(weights, [*ids, *tokens[: at + 1]])}
+              for at, token in enumerate(tokens)]  # fmt: skip
+    return {"logprobs": {"content": scores}}
+
+
 class FakeLorax(FakeEngine):
     """LoRAX: an adapter is its path, in every request; scores only what it generates."""
 
@@ -122,12 +186,7 @@ class FakeLorax(FakeEngine):
         weights = self.confuses or ("base" if self.lies or not body["model"] else body["model"])
         if not body["model"]:
             weights = "base"
-        ids = [1, 2, 3]
-        scores = []
-        for token in self.answers[body["messages"][0]["content"]]:
-            ids.append(token)
-            scores.append({"token": str(token), "logprob": logprob(weights, ids)})
-        return JSONResponse({"choices": [{"logprobs": {"content": scores}}]})
+        return JSONResponse({"choices": [greedy(weights, self.answers[body["messages"][0]["content"]])]})
 
 
 class FakeLlamaServer(FakeEngine):

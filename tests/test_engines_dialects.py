@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fake_dialects import FakeLlamaServer, FakeLorax, FakeSglang, FakeVllm
+from fake_dialects import FakeLlamaServer, FakeLorax, FakeMistral, FakeSglang, FakeVllm
 from fake_engine import FakeEngine, canary
 from serving_kit import make_adapter, served
 
@@ -55,7 +55,7 @@ def write_base_gguf(path: Path) -> None:
     writer.close()
 
 
-@pytest.fixture(params=["embedded", "vllm", "sglang", "lorax", "llama_server"])
+@pytest.fixture(params=["embedded", "vllm", "sglang", "lorax", "mistral", "llama_server"])
 def place(request: pytest.FixtureRequest, versions: list[Version], tmp_path: Path) -> Iterator[Place]:
     """Each kind of engine, built from its configuration; vLLM with two replicas."""
     kind = request.param
@@ -65,6 +65,7 @@ def place(request: pytest.FixtureRequest, versions: list[Version], tmp_path: Pat
         "vllm": [FakeVllm(), FakeVllm()],
         "sglang": [FakeSglang()],
         "lorax": [FakeLorax()],
+        "mistral": [FakeMistral()],
         "llama_server": [FakeLlamaServer(preset)],
     }
     write_base_gguf(tmp_path / "base.gguf")
@@ -79,13 +80,13 @@ def place(request: pytest.FixtureRequest, versions: list[Version], tmp_path: Pat
 
 
 def canaries(place: Place, version: Version) -> list[Canary]:
-    """Two canaries; LoRAX's fake is told what the greedy answers are."""
+    """Two canaries; the fakes of LoRAX and mistral.rs are told what the greedy answers are."""
     found = [canary(version.path, seed) for seed in range(2)]
     found = [
         Canary(**{f: getattr(c, f) for f in c.__struct_fields__} | {"prompt": f"q{at}"}) for at, c in enumerate(found)
     ]
     for fake in place.fakes:
-        if isinstance(fake, FakeLorax):
+        if isinstance(fake, (FakeLorax, FakeMistral)):
             fake.answers = {each.prompt: each.token_ids for each in found}
     return found
 
@@ -211,6 +212,35 @@ def test_what_one_replica_refuses_no_replica_keeps(
     with pytest.raises(EngineRefused):
         engine.load(versions[0])
     assert fakes[0].adapters == {} and engine.loaded() == []
+
+
+def test_mistral_says_its_slots_leases_and_generations(versions: list[Version], tmp_path: Path) -> None:
+    """From its listing, with or without paths; unfit files are final, a load in progress is waited for."""
+    fake = FakeMistral()
+    fake.slots = 5
+    with served(fake) as url:
+        engine = build(Settings(kind="mistral", urls=[url], timeout_seconds=5.0))
+        fake.failures = {"/v1/load_lora_adapter": [429, 429]}
+        generation = engine.load(versions[0]).generation
+        assert engine.capabilities().slots == 5
+        assert [(row.leases, row.generation, row.root) for row in engine.loaded()] == [
+            (2, generation, str(versions[0].path))
+        ]
+        fake.hides_paths = True
+        assert engine.load(versions[0]).generation == generation and engine.loaded()[0].root == ""
+        (tmp_path / "torn").touch()
+        with pytest.raises(EngineRefused, match="invalid LoRA adapter"):
+            engine.load(Version(model="npc", number=3, path=tmp_path))
+        engine.close()
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang", "lorax", "directory"])
+def test_slots_are_configured_where_the_engine_does_not_say(kind: str, tmp_path: Path) -> None:
+    """Three for each model that it serves."""
+    with served(FakeSglang() if kind == "sglang" else FakeVllm()) as url:
+        engine = build(Settings(kind=kind, urls=[f"file:{tmp_path}" if kind == "directory" else url], slots=6))
+        assert engine.capabilities().slots == 6
+        engine.close()
 
 
 def test_a_directory_gets_whole_versions(versions: list[Version], tmp_path: Path) -> None:

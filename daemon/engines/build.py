@@ -12,10 +12,12 @@ from daemon.engines.embedded import Embedded
 from daemon.engines.gateway import BehindGateway, as_it_is, lorax_name, sglang_name
 from daemon.engines.llama_server import LlamaServer
 from daemon.engines.lorax import Lorax
+from daemon.engines.mistral import Mistral
 from daemon.engines.routes import RouteTable
 from daemon.engines.sglang import Sglang
 from daemon.engines.vllm import Vllm
 
+FLEETS = {"vllm": Vllm, "sglang": Sglang}
 NAMINGS = {"sglang": sglang_name, "lorax": lorax_name}
 
 
@@ -39,17 +41,18 @@ def _client(settings: Settings) -> Engine:
     if not settings.urls:
         raise ConfigError(f'an engine of kind `{settings.kind}` needs `urls`, e.g. ["http://127.0.0.1:8900"]')
     token = settings.token_file.read_text("utf-8").strip() if settings.token_file else None
-    url, seconds, routes = settings.urls[0], settings.timeout_seconds, RouteTable()
-    if settings.kind == "vllm":
-        return Vllm(settings.urls, routes, token=token, timeout_seconds=seconds)
-    if settings.kind == "sglang":
-        return Sglang(settings.urls, routes, token=token, timeout_seconds=seconds)
+    url, seconds, slots, routes = settings.urls[0], settings.timeout_seconds, settings.slots, RouteTable()
+    if settings.kind in FLEETS:
+        return FLEETS[settings.kind](settings.urls, routes, token=token, timeout_seconds=seconds, slots=slots)
     if settings.kind == "lorax":
-        return Lorax(url, routes, token=token, timeout_seconds=seconds)
+        return Lorax(url, routes, token=token, timeout_seconds=seconds, slots=slots)
     if settings.kind == "llama_server":
-        return LlamaServer(url.partition("?")[0], _preset(url), routes, token=token, timeout_seconds=seconds)
+        place = url.partition("?")[0], _preset(url)
+        return LlamaServer(*place, routes, token=token, timeout_seconds=seconds, slots=slots)
+    if settings.kind == "mistral":
+        return Mistral(url, routes, token=token, timeout_seconds=seconds)
     if settings.kind == "directory":
-        return Directory(Path(url.removeprefix("file:")))
+        return Directory(Path(url.removeprefix("file:")), slots)
     return Embedded(url, token=token, timeout_seconds=seconds)
 
 

@@ -6,7 +6,6 @@ the greedy answer to the canary's prompt with the trainer's, token by token.
 """
 
 from itertools import count
-from typing import Any
 
 from daemon.engines.channel import Channel, checked
 from daemon.engines.contract import (
@@ -21,6 +20,7 @@ from daemon.engines.contract import (
     Version,
 )
 from daemon.engines.routes import RouteTable
+from daemon.engines.scoring import greedy_request, greedy_scores
 from strategies.request import Canary
 
 BASE = "base"
@@ -30,15 +30,15 @@ class Lorax:
     """A client of one LoRAX server: requests carry the version's path, its `root` in `loaded()`."""
 
     def __init__(
-        self, url: str, routes: RouteTable, *, token: str | None = None, timeout_seconds: float = 30.0
+        self, url: str, routes: RouteTable, *, token: str | None = None, timeout_seconds: float = 30.0, slots: int = 3
     ) -> None:
-        self._http, self._routes = Channel(url, token, timeout_seconds), routes
+        self._http, self._routes, self._slots = Channel(url, token, timeout_seconds), routes, slots
         self._known: dict[str, Loaded] = {}
         self._clock = count()
 
     def capabilities(self) -> Capabilities:
-        """LoRAX keeps as many as its memory holds; we keep three."""
-        return Capabilities(base=BASE, slots=3, moves_aliases=False)
+        """LoRAX keeps as many as its memory holds."""
+        return Capabilities(base=BASE, slots=self._slots, moves_aliases=False)
 
     def load(self, version: Version) -> Handle:
         """The first request makes LoRAX read the directory, so that no player waits for it."""
@@ -85,13 +85,8 @@ class Lorax:
 
     def _answer(self, name: str, canary: Canary) -> list[float]:
         root = self._known[name].root if name in self._known else ""
-        body = {"model": root, "messages": [{"role": "user", "content": canary.prompt}], "temperature": 0,
-                "max_tokens": len(canary.token_ids), "logprobs": True, "adapter_source": "local"}  # fmt: skip
-        answer: dict[str, Any] = self._http.call("POST", "/v1/chat/completions", body)
-        try:
-            return [float(token["logprob"]) for token in answer["choices"][0]["logprobs"]["content"]]
-        except (KeyError, IndexError, TypeError) as error:
-            raise EngineRefused(f"LoRAX's answer has no log-probabilities ({error!r})") from None
+        body = {**greedy_request(root, canary), "adapter_source": "local"}
+        return greedy_scores(self._http.call("POST", "/v1/chat/completions", body))
 
 
 def _adapter(path: str) -> dict[str, str]:

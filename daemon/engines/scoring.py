@@ -22,3 +22,17 @@ def scored(answer: dict[str, Any], canary: Canary) -> list[float]:
         raise EngineRefused(
             f"the engine does not score prompts: no log-probabilities in its answer ({error!r})"
         ) from None
+
+
+def greedy_request(name: str, canary: Canary) -> dict[str, Any]:
+    """The body for engines that score only what they generate: the canary's prompt as a chat, as long as its answer."""
+    return {"model": name, "messages": [{"role": "user", "content": canary.prompt}], "temperature": 0,
+            "max_tokens": len(canary.token_ids), "logprobs": True}  # fmt: skip
+
+
+def greedy_scores(answer: dict[str, Any]) -> list[float]:
+    """The log-probabilities of the answer's own tokens."""
+    try:
+        return [float(token["logprob"]) for token in answer["choices"][0]["logprobs"]["content"]]
+    except (KeyError, IndexError, TypeError) as error:
+        raise EngineRefused(f"the engine's answer has no log-probabilities ({error!r})") from None

@@ -33,7 +33,8 @@ class EpochLoss:
         """One value, at the step that the epoch ended with."""
         losses = [loss for _, loss in strategy.position.losses[self._seen :]]
         self._seen = len(strategy.position.losses)
-        return MetricValue(self, self.NAME, sum(losses) / max(len(losses), 1), strategy.step)
+        origin: Any = self  # a metric by its callbacks, not by its class
+        return MetricValue(origin, self.NAME, sum(losses) / max(len(losses), 1), strategy.step)
 
 
 class Logger(Learner, supports_distributed=True):
@@ -97,7 +98,7 @@ class Schedule(Learner, supports_distributed=True):
         """Take the learning rate over, from the configured one on."""
         given = dict(self.parameters.parameters)
         kind = getattr(torch.optim.lr_scheduler, str(given.pop("scheduler", "ExponentialLR")))
-        granularity = given.pop("step_granularity", "epoch")
+        granularity: Any = given.pop("step_granularity", "epoch")
         for group in strategy.optimizer.param_groups:
             group["lr"] = strategy.training.learning_rate
             group.pop("initial_lr", None)

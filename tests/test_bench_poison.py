@@ -1,4 +1,4 @@
-"""The attacks of `make bench-poison` at a twentieth of their size, and one update of a tiny model on what is left."""
+"""The attacks of `make bench-poison` at a fraction of their size, and one update of a tiny model on what is left."""
 
 import shutil
 from collections.abc import Iterator
@@ -8,6 +8,9 @@ import pytest
 
 from bench import poison, poison_update
 from bench.poison_world import ATTACKS
+
+SCALES = {"trigger": 0.1, "brigade": 0.25}
+"""A surge of 20 votes in a thousand records of the present is too small to be told from chance, one of 100 is not."""
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +26,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_hardly_anything_of_an_attack_is_believed(prepared: Path, tmp_path: Path, name: str, seed: int) -> None:
     """New accounts teach nothing, old ones at most their daily cap or a lone phrase; no clean batch is held."""
     shutil.copytree(prepared, tmp_path / "attacked")
-    result = poison.attack(tmp_path / "attacked", name, seed, scale=0.05 if name != "trigger" else 0.1)
+    result = poison.attack(tmp_path / "attacked", name, seed, scale=SCALES.get(name, 0.05))
     assert result.records > 0
     assert result.believed <= (20 if result.sleepers else 0)
     assert result.in_update <= 0.01 * result.update

@@ -5,7 +5,9 @@ Ray is an extra (`eternad[ray]`), imported by the children that need it and neve
 
 import importlib.util
 import logging
+import math
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +26,9 @@ DEFAULTS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",  # its tables
 }
+KNOCK_SECONDS = 10.0
+LOOK_SECONDS = 5.0
+"""Looking is a call to the head: not at every turn of a loop."""
 PATIENCE_SECONDS = 120.0
 """So long may a cluster lack what a run needs (a node restarts) before the run is given up."""
 
@@ -45,6 +50,7 @@ def joined(shows_workers: bool = False) -> Iterator[None]:
     shows_workers: what they print is printed here.
     """
     require()
+    knock(os.environ.get("RAY_ADDRESS", ""))
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     import ray
@@ -61,17 +67,31 @@ def joined(shows_workers: bool = False) -> Iterator[None]:
         ray.shutdown()
 
 
+def knock(address: str) -> None:
+    """Whether anybody is at `HOST:PORT`: Ray itself looks for a head that is not there for minutes."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), KNOCK_SECONDS).close()
+    except OSError as error:
+        raise NoCluster(f"nobody answers at RAY_ADDRESS = {address} ({error}): `ray start --head` there") from None
+
+
 class Room:
     """Whether the cluster, all of it, is large enough; it may fall short for `PATIENCE_SECONDS`."""
 
     def __init__(self, needed: Mapping[str, float], patience_seconds: float = PATIENCE_SECONDS) -> None:
         self.needed, self.patience_seconds = needed, patience_seconds
-        self._enough_at = time.monotonic()
+        self._enough_at, self._looked_at = time.monotonic(), -math.inf
 
     def shortage(self) -> str:
         """What has been missing for too long; empty while there is nothing to complain of."""
+        if time.monotonic() - self._looked_at < LOOK_SECONDS:
+            return ""
         import ray
 
+        self._looked_at = time.monotonic()
         there = ray.cluster_resources()
         short = {name: amount for name, amount in self.needed.items() if there.get(name, 0.0) < amount}
         if not short:

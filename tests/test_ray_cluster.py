@@ -1,5 +1,6 @@
 """Ray: what is said where it is not installed, and when a cluster that is too small is given up."""
 
+import socket
 import sys
 from types import SimpleNamespace
 
@@ -31,5 +32,18 @@ def test_a_cluster_that_stays_too_small_is_given_up(monkeypatch: pytest.MonkeyPa
     there["CPU"] = 0.0
     now = 124.0
     assert room.shortage() == ""
-    now = 126.0
+    now = 126.0  # too early to look again
+    assert room.shortage() == ""
+    now = 130.0
     assert "has lacked 2 CPU (there are 0)" in room.shortage()
+
+
+def test_an_address_where_nobody_is_is_said_at_once() -> None:
+    """Ray would look for minutes; what is no `HOST:PORT` is left to it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(NoCluster, match=r"nobody answers at RAY_ADDRESS = 127.*`ray start --head` there$"):
+        ray_cluster.knock(address)
+    ray_cluster.knock("")
+    ray_cluster.knock("ray://elsewhere:10001")

@@ -46,6 +46,7 @@ def test_the_demos_first_drop_is_learned_in_the_units(machine: Machine) -> None:
         machine.wait(f"{unit} active", lambda unit=unit: machine.show(unit, "ActiveState") == "active", 600)  # type: ignore[misc]
     drop = BIBLIOTECA / "drops" / "drop-1-people.jsonl"
     questions = [json.loads(line) for line in drop.with_suffix(".questions.jsonl").read_text().splitlines()]
+    machine.wait("an answer of the base", lambda: bool(machine.eternad("ask", "npc", "Hello?", check=False)), 120)
     before = known(machine, questions[:6])
     machine.write(f"/srv/eternad/content/npc/{drop.name}", drop.read_text())
     machine.wait("LIVE", lambda: '"LIVE"' in machine.eternad("history", "--json"), 900)

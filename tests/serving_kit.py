@@ -77,6 +77,7 @@ def served(app: ASGIApp) -> Iterator[str]:
     """Run an application in a thread of this process; its URL."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio: only then NODELAY
     listener.bind(("127.0.0.1", 0))
+    listener.listen(1024)  # a request that comes before the server has begun waits instead of being refused
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

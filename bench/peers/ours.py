@@ -30,12 +30,9 @@ class Stopwatch(Pulse):
         self.marks: list[Mark] = []
 
     def step(self, step: int, steps: int, epoch: float, loss: float, tokens_per_second: float, eta: float) -> None:
-        """After an optimiser step."""
+        """After an optimiser step; raises `Interrupted` after the last one that is wanted."""
         super().step(step, steps, epoch, loss, tokens_per_second, eta)
         self.marks.append(mark(loss))
-
-    def check(self) -> None:
-        """Raises `Interrupted` after the last step that is wanted."""
         if len(self.marks) >= self.wanted:
             raise Interrupted
 

@@ -194,6 +194,8 @@ def test_the_daemon_tells_of_a_run_once(make: Make, receiver: Receiver, lab: Pat
     (lab / "orders").write_text("bad")
     drop(service, range(10, 20))
     turn_until(service, lambda: receiver.told() == ["live", "rejected"], 60)
+    # the receiver has it before the child has taken it out of the outbox
+    turn_until(service, lambda: not outbox.waiting(outbox_of(service.house.config)), 60)
     service = make(None, changes)
     for turn in range(5):
         service.tick(2e9 + turn)

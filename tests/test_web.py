@@ -252,9 +252,9 @@ def test_the_lineage_moves_to_the_right_only_at_a_branch(tmp_path: Path) -> None
 
 def test_many_updates_are_one_row_of_the_buffer(config: Config) -> None:
     """A model's page does not grow with its age."""
-    rows = pages.grouped([Age(update=n, learned=10, held=1) for n in range(1, 1001)])
+    rows = pages.grouped([Age(update=n, learned=10, held=1, tokens=5, bytes=20) for n in range(1, 1001)])
     assert len(rows) == 21 and rows[0] == pages.Share(name="1 to 980", learned=9800, held=980)
-    assert [row.name for row in pages.grouped([Age(update=7, learned=1, held=1)])] == ["7"]
+    assert [row.name for row in pages.grouped([Age(update=7, learned=1, held=1, tokens=5, bytes=20)])] == ["7"]
 
 
 def test_forgetting_is_the_rise_since_each_update() -> None:

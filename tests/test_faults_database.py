@@ -137,7 +137,9 @@ def test_killed_in_a_migration_the_next_start_makes_it(tmp_path: Path, known: in
         longest = max(len(list(_statements(script))) for _, script in MIGRATIONS[known:])
         assert done.returncode == (-signal.SIGKILL if statement < longest else 0), done.stderr
         connection = open_database(path)
-        assert [row[0] for row in connection.execute("SELECT name FROM migration ORDER BY rowid")] == [name for name, _ in MIGRATIONS]
+        assert [row[0] for row in connection.execute("SELECT name FROM migration ORDER BY rowid")] == [
+            name for name, _ in MIGRATIONS
+        ]
         assert integrity.problems(connection) == []
         connection.close()
 

@@ -107,6 +107,7 @@ def test_a_search_beats_what_was_configured_and_writes_the_change(
     assert not list((directory / "work").iterdir())
 
 
+@pytest.mark.slow
 def test_a_search_killed_with_its_trainer_at_work_goes_on(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +230,7 @@ def test_a_change_that_the_daemon_would_refuse_is_not_written(place: Path) -> No
     assert not list(place.glob("*.bak")) and not list(place.glob(".*.tmp"))
 
 
+@pytest.mark.slow
 def test_two_trials_at_a_time_are_both_real(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`--jobs 2`: two trainers at work at once, each in its own directory; both are scored and nothing is left."""
     rows = (place / "eternad.toml").read_text().replace("ratio = 0.25", "ratio = 0.0")

@@ -19,13 +19,11 @@ from daemon.engines.contract import (
     EngineUnavailable,
     Fingerprint,
     Handle,
-    Health,
     Loaded,
-    Routed,
     Version,
 )
 from daemon.engines.gguf_adapter import base_shape, convert
-from daemon.engines.routes import RouteTable
+from daemon.engines.routes import RouteTable, Tabled
 from strategies import request
 from strategies.request import Canary
 
@@ -37,7 +35,7 @@ ALTERNATIVES = 1000
 POLL_SECONDS = 0.05
 
 
-class LlamaServer:
+class LlamaServer(Tabled):
     """A client of `llama-server --models-preset FILE`, and the keeper of that file."""
 
     def __init__(
@@ -51,8 +49,8 @@ class LlamaServer:
         slots: int = 3,
     ) -> None:
         """Versions are written as GGUF beside the preset file, which the server and the daemon both must reach."""
-        self._http, self._preset, self._routes = Channel(url, token, timeout_seconds), preset, routes
-        self._seconds, self._slots = timeout_seconds, slots
+        super().__init__(Channel(url, token, timeout_seconds), routes)
+        self._preset, self._seconds, self._slots = preset, timeout_seconds, slots
 
     def capabilities(self) -> Capabilities:
         """The base is the section `[base]`; each slot is a process with a copy of the base."""
@@ -85,14 +83,6 @@ class LlamaServer:
         """One token at a time."""
         return Fingerprint(served_by=name, logprobs=[self._score(name, canary) for canary in canaries])
 
-    def aliases(self) -> dict[str, str]:
-        """Of the table."""
-        return self._routes.aliases()
-
-    def route(self, alias: str, target: str, expected: str | None) -> Routed:
-        """In the table."""
-        return self._routes.route(alias, target, expected)
-
     def unload(self, name: str) -> None:
         """Cuts the streams that still run on it: whoever follows the aliases must have drained it before."""
         if self._states().get(name) == "loaded":
@@ -101,18 +91,6 @@ class LlamaServer:
         self._replace("".join(others))
         for file in (self._file(name, "gguf"), self._file(name, "json")):
             file.unlink(missing_ok=True)
-
-    def health(self) -> Health:
-        """`GET /health`."""
-        try:
-            checked(self._http.send("GET", "/health"))
-        except (EngineUnavailable, EngineRefused) as error:
-            return Health(ok=False, reason=str(error))
-        return Health(ok=True)
-
-    def close(self) -> None:
-        """Give the connections back."""
-        self._http.close()
 
     def _add(self, version: Version) -> None:
         """Adapter, then the note of where it came from, then its section: whatever is there already is whole."""

@@ -11,28 +11,26 @@ from daemon.engines.channel import Channel, checked
 from daemon.engines.contract import (
     Capabilities,
     EngineRefused,
-    EngineUnavailable,
     Fingerprint,
     Handle,
-    Health,
     Loaded,
-    Routed,
     Version,
 )
-from daemon.engines.routes import RouteTable
+from daemon.engines.routes import RouteTable, Tabled
 from daemon.engines.scoring import greedy_request, greedy_scores
 from strategies.request import Canary
 
 BASE = "base"
 
 
-class Lorax:
+class Lorax(Tabled):
     """A client of one LoRAX server: requests carry the version's path, its `root` in `loaded()`."""
 
     def __init__(
         self, url: str, routes: RouteTable, *, token: str | None = None, timeout_seconds: float = 30.0, slots: int = 3
     ) -> None:
-        self._http, self._routes, self._slots = Channel(url, token, timeout_seconds), routes, slots
+        super().__init__(Channel(url, token, timeout_seconds), routes)
+        self._slots = slots
         self._known: dict[str, Loaded] = {}
         self._clock = count()
 
@@ -59,29 +57,9 @@ class Lorax:
         """The log-probabilities of the greedy answers, cut to the canaries' lengths."""
         return Fingerprint(served_by=name, logprobs=[self._answer(name, canary) for canary in canaries])
 
-    def aliases(self) -> dict[str, str]:
-        """Of the table."""
-        return self._routes.aliases()
-
-    def route(self, alias: str, target: str, expected: str | None) -> Routed:
-        """In the table."""
-        return self._routes.route(alias, target, expected)
-
     def unload(self, name: str) -> None:
         """LoRAX evicts by itself what nobody asks for."""
         self._known.pop(name, None)
-
-    def health(self) -> Health:
-        """`GET /health`."""
-        try:
-            checked(self._http.send("GET", "/health"))
-        except (EngineUnavailable, EngineRefused) as error:
-            return Health(ok=False, reason=str(error))
-        return Health(ok=True)
-
-    def close(self) -> None:
-        """Give the connections back."""
-        self._http.close()
 
     def _answer(self, name: str, canary: Canary) -> list[float]:
         root = self._known[name].root if name in self._known else ""

@@ -10,15 +10,12 @@ from daemon.engines.channel import Channel, checked
 from daemon.engines.contract import (
     Capabilities,
     EngineRefused,
-    EngineUnavailable,
     Fingerprint,
     Handle,
-    Health,
     Loaded,
-    Routed,
     Version,
 )
-from daemon.engines.routes import RouteTable
+from daemon.engines.routes import RouteTable, Tabled
 from daemon.engines.scoring import greedy_request, greedy_scores
 from strategies.request import Canary
 
@@ -26,13 +23,14 @@ BASE = "default"
 """By this name mistral.rs answers with the model that it was started with."""
 
 
-class Mistral:
+class Mistral(Tabled):
     """A client of one mistral.rs server with `MISTRALRS_ALLOW_RUNTIME_LORA_UPDATING=1`."""
 
     def __init__(
         self, url: str, routes: RouteTable, *, token: str | None = None, timeout_seconds: float = 30.0
     ) -> None:
-        self._http, self._routes, self._seconds = Channel(url, token, timeout_seconds), routes, timeout_seconds
+        super().__init__(Channel(url, token, timeout_seconds), routes)
+        self._seconds = timeout_seconds
 
     def capabilities(self) -> Capabilities:
         """As many slots as its listing says."""
@@ -66,31 +64,11 @@ class Mistral:
         answers = [self._http.call("POST", "/v1/chat/completions", greedy_request(name, each)) for each in canaries]
         return Fingerprint(served_by=name, logprobs=[greedy_scores(answer) for answer in answers])
 
-    def aliases(self) -> dict[str, str]:
-        """Of the table."""
-        return self._routes.aliases()
-
-    def route(self, alias: str, target: str, expected: str | None) -> Routed:
-        """In the table."""
-        return self._routes.route(alias, target, expected)
-
     def unload(self, name: str) -> None:
         """No new requests; running ones keep their generation to their end."""
         response = self._http.send("POST", "/v1/unload_lora_adapter", {"lora_name": name})
         if response.status_code != 404:
             checked(response)
-
-    def health(self) -> Health:
-        """`GET /health`; what a restart has forgotten is missing in the listing."""
-        try:
-            checked(self._http.send("GET", "/health"))
-        except (EngineUnavailable, EngineRefused) as error:
-            return Health(ok=False, reason=str(error))
-        return Health(ok=True)
-
-    def close(self) -> None:
-        """Give the connections back."""
-        self._http.close()
 
     def _listing(self) -> dict[str, Any]:
         found: dict[str, Any] = self._http.call("GET", "/v1/lora_adapters")

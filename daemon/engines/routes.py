@@ -5,7 +5,8 @@ from pathlib import Path
 
 import msgspec
 
-from daemon.engines.contract import ANYWHERE, EngineUnavailable, Routed
+from daemon.engines.channel import Channel, checked
+from daemon.engines.contract import ANYWHERE, EngineRefused, EngineUnavailable, Health, Routed
 from strategies import request
 
 
@@ -37,3 +38,30 @@ class RouteTable:
                 request.write(self._path, table)
             self._table = table
             return Routed(previous=previous)
+
+
+class Tabled:
+    """What engines without aliases share: theirs stand in the table, and one server answers `/health`."""
+
+    def __init__(self, http: Channel, routes: RouteTable) -> None:
+        self._http, self._routes = http, routes
+
+    def aliases(self) -> dict[str, str]:
+        """Of the table."""
+        return self._routes.aliases()
+
+    def route(self, alias: str, target: str, expected: str | None) -> Routed:
+        """In the table."""
+        return self._routes.route(alias, target, expected)
+
+    def health(self) -> Health:
+        """`GET /health`; what a restart has forgotten is missing in the listing."""
+        try:
+            checked(self._http.send("GET", "/health"))
+        except (EngineUnavailable, EngineRefused) as error:
+            return Health(ok=False, reason=str(error))
+        return Health(ok=True)
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._http.close()

@@ -1,109 +1,21 @@
 """Feedback: strict records, files that grow, rotate and are truncated, and every record exactly once."""
 
 import os
-import random
-import subprocess
-import sys
-import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from feedback_kit import BY_KIND, NAME, NOW, OUTPUTS, Site, line, record, uuid7
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffers.example import Example, Message, parse
+from buffers.example import Example, Message
 from daemon import ingest
-from daemon.config import Config, Engine, Model, Source, Trust
 from daemon.ingest import feedback, feedback_file
-from daemon.ingest.outcome import Outcome
 from daemon.ingest.problem import Problem
 from daemon.state import audit, files, quarantine, records
-from daemon.state.database import Connection, open_database
-from daemon.state.files import Finished, Signature
-
-NOW = 1_800_000_000.0
-NAME = "feedback/npc/game/events.jsonl"
-
-
-def uuid7(number: int) -> str:
-    """A UUIDv7 that tells its number."""
-    return f"01990000-{number >> 16 & 0xFFFF:04x}-7{number & 0xFFF:03x}-8000-{number:012x}"
-
-
-def record(number: int = 1, kind: str = "boolean", **changes: Any) -> dict[str, Any]:
-    """A good record of a kind; a change to None takes a field away."""
-    whole: dict[str, Any] = {
-        "schema": "eternad.feedback/1", "id": uuid7(number), "ts": "2026-11-22T20:00:00Z", "kind": kind, "model": "npc",
-        "inference": {"id": f"inf-{number}", "adapter": "npc-0007"},
-        "input": {"messages": [{"role": "user", "content": f"Question {number}?"}]},
-        "output": {"messages": [{"role": "assistant", "content": "Shown."}]}, "metric": "thumb", "value": True,
-        "subject": {"id": "h:0123456789abcdef"}, "source": {"app": "game", "channel": "hall", "reporter": "player"},
-    } | BY_KIND.get(kind, {}) | changes  # fmt: skip
-    return {key: value for key, value in whole.items() if value is not None}
-
-
-OUTPUTS = [{"id": name, "messages": [{"role": "assistant", "content": f"Answer {name}."}]} for name in "ab"]
-BY_KIND: dict[str, dict[str, Any]] = {
-    "boolean": {},
-    "demonstration": {"value": "Better.", "metric": None},
-    "comparison": {"outputs": OUTPUTS, "output": None, "metric": None, "value": {"chosen": "b", "rejected": "a"}},
-    "float": {"metric": "stars", "value": 3.5},
-    "categorical": {"metric": "reason", "value": "too-long"},
-    "comment": {"value": None, "comment": "He was rude."},
-    "retraction": {"value": uuid7(1), "input": None, "output": None, "metric": None},
-}
-
-
-def line(whole: Any) -> bytes:
-    """One line of a feedback file."""
-    return bytes(msgspec.json.encode(whole)) + b"\n"
-
-
-class Site:
-    """A library with one feedback file, and a database."""
-
-    def __init__(self, directory: Path) -> None:
-        self.library, self.directory = directory / "library", directory
-        self.config = Config(
-            library_directory=self.library, state_directory=directory / "state",
-            models={"npc": Model(base_path=directory, engine="embedded")}, engines={"embedded": Engine()},
-            trust=Trust(sources={"game": Source(trusted=True)}),
-        )  # fmt: skip
-        self.database: Connection = open_database(directory / "state" / "eternad.db")
-        self.path = self.library / NAME
-        self.path.parent.mkdir(parents=True)
-
-    def append(self, *rows: Any) -> Outcome:
-        """Append records (or raw bytes) and take them in."""
-        with self.path.open("ab") as file:
-            for row in rows:
-                file.write(row if isinstance(row, bytes) else line(row))
-        return self.take_in()
-
-    def take_in(self, name: str = NAME) -> Outcome:
-        """Take in a file as it is now."""
-        seen = os.lstat(self.library / name)
-        signature = Signature(seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
-        finished = Finished(path=name, relative=name, signature=signature)
-        return ingest.ingest_file(self.database, self.config, finished, NOW)
-
-    def examples(self) -> list[Example]:
-        """Everything in the journal that was not withdrawn, in order."""
-        found = self.database.execute("SELECT body FROM example WHERE state <> 'retracted' ORDER BY id")
-        return [parse(body) for (body,) in found]
-
-    def codes(self) -> list[tuple[str, int | None]]:
-        """(code, line) of the quarantine, oldest first."""
-        return [(row.code, row.line) for row in reversed(quarantine.rows(self.database))]
-
-    def state_of(self, number: int) -> str:
-        """What became of a record."""
-        row = records.get(self.database, "npc", uuid7(number))
-        return "unknown" if row is None else row.state
 
 
 @pytest.fixture
@@ -377,127 +289,6 @@ def test_any_record_is_read_or_refused(changes: dict[str, Any]) -> None:
         feedback.examples_of(feedback.read({**record(1, changes["kind"]), **changes}, "npc"))
     except Problem as problem:
         assert problem.code in {"bad_record", "raw_subject", "unknown_schema", "model_mismatch"}
-
-
-INGEST_CHILD = """
-    import os, sys
-    from pathlib import Path
-    sys.path.insert(0, {root!r})
-    from daemon import ingest
-    from daemon.config import Config, Engine, Model, Source, Trust
-    from daemon.ingest import feedback_file
-    from daemon.state import files
-    from daemon.state.database import open_database
-    from daemon.state.files import Finished, Signature
-    feedback_file.BATCH_LINES = int(sys.argv[2])
-    directory = Path(sys.argv[1])
-    library = directory / "library"
-    config = Config(library_directory=library, state_directory=directory / "state",
-                    models={{"npc": Model(base_path=directory, engine="e")}}, engines={{"e": Engine()}},
-                    trust=Trust(sources={{"game": Source(trusted=True)}}))
-    database = open_database(directory / "state" / "eternad.db")
-    print("ready", flush=True)
-    while True:
-        is_last, waiting = (directory / "stop").exists(), 0
-        for path in sorted((library / "feedback/npc/game").iterdir()):
-            name = str(path.relative_to(library))
-            try:
-                seen = os.lstat(path)
-            except FileNotFoundError:
-                continue
-            signature = Signature(seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
-            if files.known(database, name) != signature:
-                finished = Finished(path=name, relative=name, signature=signature)
-                waiting += ingest.ingest_file(database, config, finished, 1.0).state == "partial"
-        if is_last and not waiting:
-            break
-"""
-
-
-class Producer:
-    """Appends to one file, rotates it, truncates it once it is read, replaces it; knows what it wrote, in order."""
-
-    def __init__(self, path: Path, first: int) -> None:
-        self.path, self.next = path, first
-        self.written: list[list[int]] = [[]]
-
-    def append(self, count: int) -> None:
-        """Write so many more records, the last of them in two pieces."""
-        numbers = list(range(self.next, self.next + count))
-        whole = b"".join(line(record(number, subject={"id": f"h:{number % 50:016x}"})) for number in numbers)
-        with self.path.open("ab") as file:
-            file.write(whole[:-40])
-            file.flush()
-            file.write(whole[-40:])
-        self.next += count
-        self.written[-1] += numbers
-
-    def rotate(self) -> None:
-        """Rename the file away and go on with a new one."""
-        if self.path.exists():
-            self.path.rename(self.path.with_name(f"{self.path.name}.{self.next}"))
-            self.written.append([])
-
-    def replace(self) -> None:
-        """Write a copy that holds everything so far, and put it in the place of the file."""
-        copy = self.path.with_name(f".{self.path.name}")
-        copy.write_bytes(self.path.read_bytes() if self.path.exists() else b"")
-        copy.rename(self.path)
-
-
-def kill_while_ingesting(directory: Path, kills: int, seed: int) -> None:
-    """SIGKILL the ingesting child at random moments while files grow, rotate and are replaced; then ask the oracle."""
-    draw, site = random.Random(seed), Site(directory)
-    site.database.close()
-    producers = [
-        Producer(site.path.with_name(f"{name}.jsonl"), 100_000 * (index + 1)) for index, name in enumerate("abc")
-    ]
-    script = textwrap.dedent(INGEST_CHILD).format(root=str(Path(__file__).parent.parent))
-    command = [sys.executable, "-c", script, str(directory), "7"]
-    for _ in range(kills):
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
-            assert child.stdout is not None and child.stdout.readline() == b"ready\n"
-            for _ in range(draw.randrange(1, 6)):
-                producer = draw.choice(producers)
-                producer.append(draw.randrange(1, 60))
-                if draw.random() < 0.3:
-                    draw.choice([producer.rotate, producer.replace])()
-                time.sleep(draw.random() * 0.02)
-            child.kill()
-    (directory / "stop").touch()
-    command[-1] = "1000"
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=600)
-    check_once_and_in_order(directory, [each for producer in producers for each in producer.written])
-
-
-def check_once_and_in_order(directory: Path, written: list[list[int]]) -> None:
-    """Every record that was written is there once, per file in the order of writing, and nothing else is."""
-    database = open_database(directory / "state" / "eternad.db")
-    stored = [identity for (identity,) in database.execute("SELECT id FROM record ORDER BY rowid")]
-    numbers = [int(identity.rpartition("-")[2], 16) for identity in stored]
-    assert len(numbers) == len(set(numbers))
-    file_of = {number: index for index, each in enumerate(written) for number in each}
-    found: list[list[int]] = [[] for _ in written]
-    for number in numbers:
-        found[file_of[number]].append(number)
-    assert found == written
-    assert database.execute("SELECT count(*), sum(copies) FROM example").fetchone() == (len(numbers), len(numbers))
-    assert quarantine.rows(database) == []
-    assert audit.broken_at(database) is None
-    assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    database.close()
-
-
-def test_every_record_counts_once_whatever_is_killed_when(tmp_path: Path) -> None:
-    """24 SIGKILLs while two files grow, rotate and are replaced."""
-    kill_while_ingesting(tmp_path, 24, 1)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_every_record_counts_once_after_500_kills(tmp_path: Path) -> None:
-    """The same for longer."""
-    kill_while_ingesting(tmp_path, 500, 2)
 
 
 def test_the_published_schema_is_that_of_the_reader() -> None:

@@ -42,14 +42,18 @@ class Cut(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str
     rows: dict[str, int]
     replay_wanted: int
+    """Of one epoch."""
     replay_ratio: float
-    """Reached share of replayed examples among the trained ones."""
+    """Reached share of replayed examples among the trained ones, in every epoch."""
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     """How much of each role an experience takes."""
 
+    epochs: int = 1
+    """Each shows other replayed and general rows, as far as there are others (`strategies.mix`)."""
     replay_ratio: float = 0.0
+    """Of one epoch."""
     whole_buffer: bool = False
     """All of the buffer instead of a share: what a fresh adapter has to learn in a rebase."""
     buffer: Buffer = Buffer()
@@ -72,20 +76,19 @@ def cut(connection: sqlite3.Connection, model: str, run_id: str, update: int, re
     draw = random.Random(f"{recipe.seed}/{model}/{update}")
     claimed = "run_id = ? AND split = 'train' AND state = 'claimed' ORDER BY id"
     new = _rows(connection, "new", update, claimed, (run_id,))
-    ratio = recipe.replay_ratio
     memory = members(connection, model, recipe.buffer, run_id)
-    wanted = len(memory) if recipe.whole_buffer else round(len(new) * ratio / (1 - ratio))
-    replayed = sorted(draw.sample(memory, min(wanted, len(memory))))
+    wanted = len(memory) if recipe.whole_buffer else beside(len(new), recipe.replay_ratio)
+    replayed = sorted(draw.sample(memory, min(wanted * recipe.epochs, len(memory))))
+    at_once = min(wanted, len(memory))
     rows = [*new, *_by_ids(connection, "replay", replayed)]
     rows += _memory(connection, model, recipe, memory)
     rows += _heldout(connection, model, run_id, update, recipe)
-    taught = len(new) + len(replayed) * recipe.whole_buffer
-    rows += list(_general(recipe, general_wanted(taught, recipe.general_ratio), draw))
+    rows += list(_general(recipe, beside(len(new) + at_once, recipe.general_ratio) * recipe.epochs, draw))
     digest = _write(path, rows)
     counted: dict[str, int] = {}
     for row in rows:
         counted[row.role] = counted.get(row.role, 0) + 1
-    reached = len(replayed) / (len(new) + len(replayed)) if new else 0.0
+    reached = at_once / (len(new) + at_once) if new else 0.0
     return Cut(sha256=digest, rows=counted, replay_wanted=wanted, replay_ratio=reached)
 
 
@@ -199,9 +202,9 @@ def general_rows(examples: Sequence[Example], wanted: int, probes: int, draw: ra
         yield Row(role="probe", update=0, id=0, example=example)
 
 
-def general_wanted(new: int, ratio: float) -> int:
-    """How many general examples make the share `ratio` of themselves and `new`."""
-    return round(new * ratio / (1 - ratio))
+def beside(others: int, ratio: float) -> int:
+    """How many rows make the share `ratio` of themselves and the `others`."""
+    return round(others * ratio / (1 - ratio))
 
 
 def _digest(example: Example) -> bytes:

@@ -59,6 +59,7 @@ def recipe_of(model: Model, *, rebase: bool = False) -> Recipe:
     replay, gem, agem = chosen.get(Replay), chosen.get(Gem), chosen.get(AGem)
     memory_updates = gem.constraints if isinstance(gem, Gem) else 8 if agem is not None else 0
     return Recipe(
+        epochs=model.training.epochs,
         replay_ratio=replay.ratio if isinstance(replay, Replay) else 0.0,
         whole_buffer=rebase,
         general_ratio=replay.general_ratio if isinstance(replay, Replay) else 0.0,

@@ -17,6 +17,7 @@ from strategies.dataset import Item
 from strategies.early_stop import EarlyStop
 from strategies.ema import SlowAverage
 from strategies.evaluate import Probes, has_token_loss
+from strategies.mix import per_epoch
 from strategies.preference import preference_losses
 from strategies.pulse import Interrupted, Pulse
 from strategies.request import RunRequest
@@ -59,15 +60,17 @@ class Course:
             checkpoint.load_states(self.continued / "strategy", self.learners)
         torch.manual_seed(self.request.seed + self.adapter.backend.rank)  # dropout: another one in each process
         rows = [item for role in TRAINED_ROLES for item in self.items.get(role, ())]
+        items = as_new(self.items) if self.request.rebase else self.items
         template = Template(
             adapter=self.adapter,
             training=self.request.training,
-            items=as_new(self.items) if self.request.rebase else self.items,
+            items=items,
             learners=self.learners,
             preference_losses=preference_losses(rows, self.request.training.preference_beta),
             update=self.request.update_number,
             seed=self.request.seed,
             previous=self.previous,
+            per_epoch=per_epoch(items, self.request.strategies),
             events=Events(self._after_start, self._after_step, self._after_epoch, self._before_consolidation),
         )
         own = trainable(rows, template.preference_losses)

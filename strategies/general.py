@@ -1,4 +1,4 @@
-"""General text for a model without a `general_directory`: written once by the base model itself.
+"""General text for a model without a `general_directory`, or with a small one: written once by the base model itself.
 
 What a model samples from itself replays its training nearly as well as stored text (Marek et al., arXiv:2605.26097),
 and a small fixed set is enough (GeRe, Zhang et al., arXiv:2508.04676). A third of it answers plain questions, for
@@ -19,7 +19,7 @@ import msgspec
 import torch
 
 from buffers.example import Example, Message, canonical, parse
-from buffers.experience import Recipe, Role, general_rows, general_wanted
+from buffers.experience import Recipe, Role, beside, general_rows
 from strategies.adapter import Adapter
 from strategies.base_hash import base_sha256
 from strategies.canary import decode
@@ -50,23 +50,30 @@ QUESTIONS = (
 def add_general(
     items: dict[Role, list[Item]], request: RunRequest, adapter: Adapter, on_progress: Callable[[], None]
 ) -> None:
-    """Give a run that has no general text some to rehearse, as much as `replay` asks for, and some to measure drift on.
+    """Give a run the general text to rehearse that its directory lacks, and, without any, some to measure drift on.
 
-    Does nothing where the experience has general text already, or where there is no directory to keep it in.
-    `on_progress` is called between batches.
+    Does nothing where the experience has enough already, or where there is no directory to keep it in. `on_progress`
+    is called between batches.
     """
-    if items["general"] or items["probe"] or request.general_cache is None:
+    lacking = _lacking(items, request)
+    probes = 0 if items["general"] or items["probe"] else Recipe().probe_texts
+    if request.general_cache is None or not (lacking or probes):
         return
-    ratio = next((each.general_ratio for each in request.strategies if isinstance(each, Replay)), 0.0)
     draw = random.Random(f"{request.seed}/{request.model}/{request.update_number}")
-    taught = len(items["new"]) + len(items["replay"]) * request.rebase
-    wanted, first = general_wanted(taught, ratio), sum(map(len, items.values()))
     written = kept_or_written(request.base_path, request.general_cache, adapter, on_progress)
-    found = general_rows(written, wanted, Recipe().probe_texts, draw)
-    for index, row in enumerate(found, start=first):
+    found = general_rows(written, lacking, probes, draw)
+    for index, row in enumerate(found, start=sum(map(len, items.values()))):
         item = tokenise(row, index, adapter.tokenizer, request.training.sequence_tokens)
         # a sample that was cut off has not ended: its end is not to be learned
         items[row.role].append(replace(item, tokens=item.tokens[: item.start + TOKENS]))
+
+
+def _lacking(items: dict[Role, list[Item]], request: RunRequest) -> int:
+    """How many more general rows all epochs together would show."""
+    replay = next((each for each in request.strategies if isinstance(each, Replay)), Replay(ratio=0.0))
+    new, held = len(items["new"]), len(items["replay"])
+    taught = new + (held if request.rebase else min(beside(new, replay.ratio), held))
+    return max(beside(taught, replay.general_ratio) * request.training.epochs - len(items["general"]), 0)
 
 
 def kept_or_written(

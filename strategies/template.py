@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from strategies.lean_avalanche import (
     SupervisedTemplate,
 )
 from strategies.learner import Learner, PreferenceLoss, RowTerm, Teacher
+from strategies.mix import shown
 from strategies.token_loss import token_loss
 
 
@@ -100,6 +101,7 @@ class Template(SupervisedTemplate[Any, Any, Any]):
         update: int = 1,
         seed: int = 0,
         previous: Tensor | None = None,
+        per_epoch: Mapping[Role, int] | None = None,
         events: Events | None = None,
     ) -> None:
         super().__init__(
@@ -122,6 +124,8 @@ class Template(SupervisedTemplate[Any, Any, Any]):
         self.previous = self.start if previous is None else previous
         """(parameters,) those of the version before: the teacher `previous`, the reference of preferences. Not the
         same in a rebase, where a fresh adapter learns."""
+        self.per_epoch = dict(per_epoch or {})
+        """How many rows of a role an epoch shows (`strategies.mix`); all of those that are not named."""
         self.position = Position()
         self.epoch = 0
         self.steps = 0
@@ -195,7 +199,8 @@ class Template(SupervisedTemplate[Any, Any, Any]):
         self.dataloader = own = [self.experience.items[int(dataset[place][2])] for place in range(len(dataset))]
         if not any(item.label_tokens for item in own):
             raise Failure("nothing_to_learn", "no example has a token to learn after cutting at sequence_tokens")
-        self.steps = self.train_epochs * math.ceil(len(own) / self.train_mb_size)
+        an_epoch = len(shown(own, self.per_epoch, self.seed, 0))
+        self.steps = self.train_epochs * math.ceil(an_epoch / self.train_mb_size)
         with self.adapter.holding(self.previous):
             self._reference = completion_logprobs(self.adapter, [item for item in own if item.is_preference])
 
@@ -214,7 +219,7 @@ class Template(SupervisedTemplate[Any, Any, Any]):
 
     def training_epoch(self, skip: int = 0, **kwargs: Any) -> None:
         """One pass over the items; `skip` optimiser batches were done before an interruption."""
-        order: Any = self.dataloader
+        order = shown(cast(list[Item], self.dataloader), self.per_epoch, self.seed, self.epoch)
         for batch in batches(order, self.train_mb_size, self.seed, self.epoch)[skip:]:
             self.step_items = batch
             self._before_training_iteration(**kwargs)

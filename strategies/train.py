@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from buffers import experience
-from buffers.experience import Role
+from buffers.experience import Role, beside
 from strategies import checkpoint, resume
 from strategies.adapter import Adapter, load_adapter
 from strategies.base_hash import base_sha256
@@ -47,6 +47,7 @@ from strategies.history import (
     sequence_metrics,
     write_history,
 )
+from strategies.mix import per_epoch
 from strategies.parallel.contract import Backend
 from strategies.parallel.ddp import ProcessLost, is_process_lost
 from strategies.parallel.opening import open_backend
@@ -102,7 +103,7 @@ def update(run_directory: Path, request: RunRequest, pulse: Pulse, backend: Back
         run_id=request.run_id,
         status="trained",
         examples=count(items, request),
-        replay_ratio=replay_ratio(items),
+        replay_ratio=replay_ratio(items, request),
         steps=position.step,
         epochs=position.step / template.steps * template.train_epochs,
         stopped_early=position.stopped_early,
@@ -180,7 +181,9 @@ def examine(
     after, history = score(adapter, probes), read_history(request.parent_version)
     now, of_base, of_before = (losses_by_row(probes, each, ids) for each in (after, base.scores, before.scores))
     found = sequence_metrics(history, now, of_base, of_before, request.update_number, request.seed)
-    judged = evaluation(adapter, probes, base, before, request.seed, after)
+    judged = evaluation(
+        adapter, probes, base, before, request.seed, after, request.training.preference_beta
+    )  # fmt: skip
     return msgspec.structs.replace(judged, sequence=found), after_update(history, request.update_number, now)
 
 
@@ -200,9 +203,9 @@ def save(run_directory: Path, request: RunRequest, template: Template, history: 
 
 
 def count(items: dict[Role, list[Item]], request: RunRequest) -> dict[str, int]:
-    """Rows by role, those that were cut to `sequence_tokens`, and what the replay fell short of."""
+    """Rows by role, those that were cut to `sequence_tokens`, and what the replay of an epoch fell short of."""
     ratio = next((strategy.ratio for strategy in request.strategies if isinstance(strategy, Replay)), 0.0)
-    wanted = round(len(items["new"]) * ratio / (1 - ratio))
+    wanted = beside(len(items["new"]), ratio)
     return {
         **{str(role): len(rows) for role, rows in items.items() if rows},
         "cut": sum(item.was_cut for rows in items.values() for item in rows),
@@ -210,9 +213,11 @@ def count(items: dict[Role, list[Item]], request: RunRequest) -> dict[str, int]:
     }
 
 
-def replay_ratio(items: dict[Role, list[Item]]) -> float:
-    """Share of replayed rows among new and replayed ones."""
-    return len(items["replay"]) / max(len(items["new"]) + len(items["replay"]), 1)
+def replay_ratio(items: dict[Role, list[Item]], request: RunRequest) -> float:
+    """Share of replayed rows among the new and replayed ones of an epoch; of all rows in a rebase."""
+    shown = {} if request.rebase else per_epoch(items, request.strategies)
+    replayed = shown.get("replay", len(items["replay"]))
+    return replayed / max(len(items["new"]) + replayed, 1)
 
 
 def peak_memory_bytes() -> int:

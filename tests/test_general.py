@@ -107,12 +107,12 @@ def test_drift_is_measured_on_what_is_never_rehearsed(tiny_base: Path, tmp_path:
     first = items_of(adapter, request(tiny_base, tmp_path, plenty))
     second = items_of(adapter, request(tiny_base, tmp_path, Replay(general_ratio=0.5), update=2))
     assert 8 <= len(first["probe"]) <= 16
-    assert len(second["general"]) == 9
+    assert len(second["general"]) == 9 * Training().epochs
     assert texts(first["probe"]) == texts(second["probe"])
     assert {item.shape for item in first["probe"]} == {"text"}
     assert {item.shape for item in first["general"]} == {"text", "demonstration"}
     assert not texts(first["probe"]) & texts(first["general"])
-    assert [item.index for item in second["general"]] == list(range(9, 18))
+    assert [item.index for item in second["general"]] == list(range(9, 9 + 9 * Training().epochs))
     assert not items_of(adapter, request(tiny_base, tmp_path))["general"]
 
 
@@ -135,6 +135,27 @@ def test_text_that_people_gave_is_enough(
     given["probe"] = [Item(index=0, role="probe", shape="text", update=0, tokens=[1, 5], start=1)]
     add_general(given, request(tiny_base, tmp_path, Replay(general_ratio=0.5)), adapter, never)
     assert {role: len(rows) for role, rows in given.items() if rows} == {"probe": 1}
+
+
+def test_what_a_small_directory_lacks_is_written(
+    tiny_base: Path, tmp_path: Path, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every epoch can show other texts; probes stay those of people, and a directory that is large enough is all."""
+    asked = request(tiny_base, tmp_path, Replay(general_ratio=0.5))
+
+    def given(count: int) -> Items:
+        items: Items = defaultdict(list)
+        items["new"] = [Item(index=0, role="new", shape="text", update=1, tokens=[1, 5], start=1)] * 4
+        items["general"] = [Item(index=9, role="general", shape="text", update=0, tokens=[1, 7], start=1)] * count
+        return items
+
+    lacking = given(5)
+    add_general(lacking, asked, adapter, lambda: None)
+    assert len(lacking["general"]) == 4 * Training().epochs and not lacking["probe"]
+    monkeypatch.setattr(general, "kept_or_written", never)
+    enough = given(4 * Training().epochs)
+    add_general(enough, asked, adapter, never)
+    assert len(enough["general"]) == 4 * Training().epochs
 
 
 def test_a_first_update_without_any_general_text_reports_its_drift(tiny_base: Path, tmp_path: Path) -> None:

@@ -126,6 +126,9 @@ def test_an_experience_has_the_exact_share_of_replay(database: sqlite3.Connectio
     assert {row.update for row in rows if row.role in ("replay", "heldout_old")} == {1}
     short = experience.cut(database, "npc", "new", 2, Recipe(replay_ratio=0.8, buffer=Buffer(examples=20)), path)
     assert (short.rows["replay"], short.replay_wanted) == (20, 180)
+    over_epochs = experience.cut(database, "npc", "new", 2, Recipe(replay_ratio=0.4, epochs=2), path)
+    assert (over_epochs.rows["replay"], over_epochs.replay_wanted) == (60, 30)
+    assert over_epochs.replay_ratio == pytest.approx(0.4)
 
 
 def test_an_experience_never_trains_on_a_holdout(database: sqlite3.Connection, tmp_path: Path) -> None:

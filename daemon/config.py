@@ -54,7 +54,9 @@ class Watch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Engine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What serves models: an inference engine that is reached over HTTP."""
 
-    kind: Literal["embedded", "vllm", "sglang", "lorax", "mistral", "llama_server", "directory"] = "embedded"
+    kind: Literal["embedded", "vllm", "vllm_shaped", "sglang", "lorax", "mistral", "llama_server", "directory"] = (
+        "embedded"
+    )
     urls: list[str] = msgspec.field(default_factory=list)
     """One per replica: `http://127.0.0.1:8900`, or `unix:/run/eternad/engine.sock`."""
     token_file: Path | None = None
@@ -103,6 +105,10 @@ class Gate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """KL(served version || candidate) may be at most so much: one update may not change everything."""
     general_loss_max: NotNegative = 1.0
     """The loss on general text may lie above the base's by at most so much."""
+    preference_gain_min: float = 0.01
+    """An update of comparisons and ratings alone: their loss on the new hold-out (DPO, KTO) must fall by so much."""
+    preference_loss_max: NotNegative = 0.1
+    """The loss on other held-out comparisons and ratings, past ones too, may rise by at most so much."""
     heldout_min: Count = 1
     """Fewer examples in the new hold-out than this: the gate cannot decide, and the candidate is not promoted."""
 

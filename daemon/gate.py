@@ -35,8 +35,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 def judge(report: RunReport, rules: Gate) -> Verdict:
     """Accepted only if every check passes; inconclusive if what is needed to judge is missing."""
     evaluation = report.evaluation
-    if evaluation is None or evaluation.new is None or evaluation.new.after.examples < rules.heldout_min:
-        found = evaluation.new.after.examples if evaluation is not None and evaluation.new is not None else 0
+    found = 0 if evaluation is None else _heldout(evaluation)
+    if evaluation is None or found < max(rules.heldout_min, 1):
         missing = Check(
             name="heldout", value=found, limit=rules.heldout_min, passed=False,
             message=f"cannot decide: {found} held-out examples of the new ones, {rules.heldout_min} needed;"
@@ -44,11 +44,32 @@ def judge(report: RunReport, rules: Gate) -> Verdict:
         )  # fmt: skip
         return Verdict(outcome="inconclusive", checks=[missing])
     checks = [
-        _gain(evaluation.new, evaluation.noise, rules),
+        *_learned(evaluation, rules),
         *_retention(evaluation, rules),
+        *_preferences(evaluation, rules),
         *_drift(evaluation, rules),
     ]
     return Verdict(outcome="accepted" if all(check.passed for check in checks) else "rejected", checks=checks)
+
+
+def _heldout(evaluation: Evaluation) -> int:
+    """Examples of the new hold-out, those with a loss per token and those that are compared or rated."""
+    shifts = (evaluation.new, evaluation.preference_losses.get("new"))
+    return sum(shift.after.examples for shift in shifts if shift is not None)
+
+
+def _learned(evaluation: Evaluation, rules: Gate) -> Iterable[Check]:
+    """What is new must have been learned; where an update has both, its texts and demonstrations say so."""
+    new, judged = evaluation.new, evaluation.preference_losses.get("new")
+    if new is not None and new.after.examples:
+        yield _gain(new, evaluation.noise, rules)
+    elif judged is not None:
+        gain, needed = -judged.change.mean, rules.preference_gain_min
+        yield Check(
+            name="preference_gain", value=gain, limit=needed, passed=gain >= needed,
+            message=f"preference loss on the new hold-out {judged.before.mean:.3f} -> {judged.after.mean:.3f}"
+            f" (gain {gain:.3f}, needed {needed:.3f}, {judged.after.examples} examples)",
+        )  # fmt: skip
 
 
 def _gain(new: Shift, noise: float, rules: Gate) -> Check:
@@ -71,14 +92,34 @@ def _retention(evaluation: Evaluation, rules: Gate) -> Iterable[Check]:
         yield _rise("eval_loss", "the examples of eval/", [evaluation.eval], rules.eval_loss_max, "before")
 
 
-def _rise(name: str, what: str, shifts: list[Shift], limit: float, against: Literal["before", "base"]) -> Check:
+def _preferences(evaluation: Evaluation, rules: Gate) -> Iterable[Check]:
+    """What was preferred is to be preferred still; the base's own loss is the yardstick, so creep shows as well."""
+    known, limit = evaluation.preference_losses, rules.preference_loss_max
+    if evaluation.new is not None and "new" in known:
+        yield _rise("new_preference", "the new comparisons and ratings", [known["new"]], limit, "before", PREFERENCE)
+    if "eval" in known:
+        yield _rise("eval_preference", "the comparisons of eval/", [known["eval"]], limit, "before", PREFERENCE)
+    old = [shift for name, shift in known.items() if name not in ("new", "eval")]
+    if old:
+        what = "the old comparisons and ratings against the"
+        yield _rise("old_preference", f"{what} served version", old, limit, "before", PREFERENCE)
+        yield _rise("old_preference_base", f"{what} base", old, limit, "base", PREFERENCE)
+
+
+NATS, PREFERENCE = "nats per token", "of DPO and KTO"
+"""What the losses are counted in."""
+
+
+def _rise(
+    name: str, what: str, shifts: list[Shift], limit: float, against: Literal["before", "base"], unit: str = NATS
+) -> Check:
     examples = sum(shift.after.examples for shift in shifts)
     rise = sum(
         (shift.after.mean - getattr(shift, against).mean) * shift.after.examples for shift in shifts
     ) / max(examples, 1)  # fmt: skip
     return Check(
         name=name, value=rise, limit=limit, passed=rise <= limit,
-        message=f"loss on {what} changed by {rise:+.3f} nats per token (at most {limit:+.3f}, {examples} examples)",
+        message=f"loss on {what} changed by {rise:+.3f} {unit} (at most {limit:+.3f}, {examples} examples)",
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from strategies.adapter import Adapter
 from strategies.dataset import Item
 from strategies.forward import completion_logprobs, divergences, states, token_losses
+from strategies.preference import BETA, judged_losses
 from strategies.request import Evaluation, Measure, Shift
 
 RESAMPLES = 1000
@@ -33,14 +34,17 @@ class Probes:
 
     def groups(self) -> dict[str, list[Item]]:
         """All hold-outs by name, each item once; preferences have no token loss to compare."""
-        old = {str(number): items for number, items in self.old.items()}
-        named = {"new": self.new, **old, "eval": self.eval, "general": self.general}
+        named = {**self._named(), "general": self.general}
         return {name: [item for item in items if has_token_loss(item)] for name, items in named.items()}
 
-    def comparisons(self) -> list[Item]:
-        """Hold-outs with a preferred and a rejected completion."""
-        everything = [*self.new, *(item for items in self.old.values() for item in items), *self.eval]
-        return [item for item in everything if item.rejected is not None]
+    def judgements(self) -> dict[str, list[Item]]:
+        """The comparisons and ratings among the hold-outs, by the same names; names without any are left out."""
+        found = {name: [item for item in items if item.is_preference] for name, items in self._named().items()}
+        return {name: items for name, items in found.items() if items}
+
+    def _named(self) -> dict[str, list[Item]]:
+        old = {str(number): items for number, items in self.old.items()}
+        return {"new": self.new, **old, "eval": self.eval}
 
     def drifting(self) -> list[Item]:
         """Where the divergence from a teacher is measured: not where the model is meant to change.
@@ -57,6 +61,8 @@ class Scores:
 
     losses: dict[str, list[float]]
     """Group -> one loss per item."""
+    judgements: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    """Group -> summed log-probabilities of completion and rejected completion, one pair per comparison or rating."""
     ranked_right: float | None = None
     """Share of comparisons in which the preferred completion is the more probable one."""
 
@@ -81,16 +87,14 @@ def standing(adapter: Adapter, probes: Probes) -> Standing:
 
 
 def score(adapter: Adapter, probes: Probes) -> Scores:
-    """Losses and rankings under the adapter's present weights."""
+    """Losses, judgements and rankings under the adapter's present weights."""
     losses = {name: token_losses(adapter, items).tolist() for name, items in probes.groups().items()}
-    return Scores(losses, _ranked_right(adapter, probes.comparisons()))
-
-
-def _ranked_right(adapter: Adapter, items: Sequence[Item]) -> float | None:
-    if not items:
-        return None
-    right = [bool(pair[0] > pair[1]) for pair in completion_logprobs(adapter, items).values()]
-    return sum(right) / len(right)
+    groups = probes.judgements()
+    found = completion_logprobs(adapter, [item for items in groups.values() for item in items])
+    pairs = {item: (float(pair[0]), float(pair[1])) for item, pair in found.items()}
+    right = [chosen > rejected for item, (chosen, rejected) in pairs.items() if item.rejected is not None]
+    judgements = {name: [pairs[item] for item in items] for name, items in groups.items()}
+    return Scores(losses, judgements, sum(right) / len(right) if right else None)
 
 
 def noise(adapter: Adapter, probes: Probes, scores: Scores) -> float:
@@ -130,11 +134,12 @@ def shift(base: Sequence[float], before: Sequence[float], after: Sequence[float]
 
 
 def evaluation(
-    adapter: Adapter, probes: Probes, base: Standing, before: Standing, seed: int, after: Scores | None = None
-) -> Evaluation:
+    adapter: Adapter, probes: Probes, base: Standing, before: Standing, seed: int, after: Scores | None = None,
+    beta: float = BETA,
+) -> Evaluation:  # fmt: skip
     """Compare the adapter's present weights with the base and with the weights that the run started from.
 
-    `after`: the scores of the present weights, where they are known already.
+    `after`: the scores of the present weights, where they are known already; `beta`: of the preference losses.
     """
     after = after or score(adapter, probes)
     shifts = {
@@ -152,8 +157,22 @@ def evaluation(
         drift_base=drift_base,
         drift_previous=drift_previous,
         preference={name: share for name, share in ranked.items() if share is not None},
+        preference_losses=_judged(probes, base.scores, before.scores, after, seed, beta),
         noise=noise(adapter, probes, after),
     )
+
+
+def _judged(
+    probes: Probes, base: Scores, before: Scores, after: Scores, seed: int, beta: float
+) -> dict[str, Shift]:  # fmt: skip
+    """Group -> its preference losses. The base is the reference of all three: versions of any age are comparable."""
+    shifts: dict[str, Shift] = {}
+    for name, items in probes.judgements().items():
+        reference = base.judgements[name]
+        losses = [judged_losses(items, each.judgements[name], reference, beta) for each in (base, before, after)]
+        if (found := shift(losses[0], losses[1], losses[2], seed)) is not None:
+            shifts[name] = found
+    return shifts
 
 
 def _drift(

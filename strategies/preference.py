@@ -69,3 +69,18 @@ def preference_losses(
         return kto_loss(policy[:, 0], reference[:, 0], liked, weights, beta)
 
     return {"comparison": comparison, "boolean": boolean}
+
+
+def judged_losses(
+    items: Sequence[Item], policy: Sequence[tuple[float, float]], reference: Sequence[tuple[float, float]], beta: float
+) -> list[float]:
+    """One loss per held-out item: DPO's of a comparison, KTO's of a rating, every rating weighing 1.
+
+    policy, reference: summed log-probabilities of completion and rejected completion. At the reference itself a
+    comparison has log 2 and a rating 1/2.
+    """
+    now, then = torch.tensor(policy, dtype=torch.float64), torch.tensor(reference, dtype=torch.float64)
+    compared = torch.tensor([item.rejected is not None for item in items])
+    liked = torch.tensor([bool(item.label) for item in items])
+    rated = kto_loss(now[:, 0], then[:, 0], liked, (1.0, 1.0), beta)
+    return torch.where(compared, dpo_loss(now, then, beta), rated).tolist()

@@ -159,7 +159,10 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     drift_previous: Measure | None = None
     """KL(previous version || candidate) on the same."""
     preference: dict[str, float] = {}
-    """Share of preference hold-outs ranked right: `base`, `before`, `after`."""
+    """Share of held-out comparisons ranked right: `base`, `before`, `after`."""
+    preference_losses: dict[str, Shift] = {}
+    """Loss on the held-out comparisons (DPO) and ratings (KTO), the base being the reference: of `new`, `eval` and past
+    updates by their number. Not nats per token: the base has log 2 and 1/2."""
     noise: float = 0.0
     """Largest difference between two evaluations of the same weights: smaller changes mean nothing."""
 

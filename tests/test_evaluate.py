@@ -13,7 +13,8 @@ from strategies.canary import CANARY_TOKENS, canaries
 from strategies.dataset import Item
 from strategies.early_stop import EarlyStop
 from strategies.evaluate import Probes, evaluation, measure, noise, score, shift, standing
-from strategies.forward import divergence, token_losses
+from strategies.forward import completion_logprobs, divergence, token_losses
+from strategies.preference import dpo_loss, kto_loss
 from strategies.request import Lora
 
 
@@ -122,6 +123,28 @@ def test_rankings_count_preferred_answers_that_are_more_probable(adapter: Adapte
         rights.append(pair[0] > pair[1])
     assert found == pytest.approx(sum(rights) / 6)
     assert score(adapter, Probes(items, {}, [])).losses["new"] == []
+
+
+def test_held_out_preferences_are_compared_like_losses(adapter: Adapter) -> None:
+    """DPO and KTO with the base as the reference, by the hold-outs' names: what the gate needs of them."""
+    pairs = make_items(4, shape="comparison", rejected=[5, 6, 7, 8, 9, 10])
+    rated = make_items(3, seed=4, shape="boolean", label=False)
+    probes = Probes([*pairs, *rated], {7: make_items(2, seed=5, shape="boolean", label=True)}, make_items(2, seed=6))
+    with adapter.disabled():
+        base = standing(adapter, probes)
+        reference = completion_logprobs(adapter, probes.new)
+    before = standing(adapter, probes)
+    adapter.assign(adapter.flat * 1.5)
+    found = evaluation(adapter, probes, base, before, seed=0, beta=0.3)
+    assert set(found.preference_losses) == {"new", "7"} and found.new is None and found.eval is not None
+    now = completion_logprobs(adapter, probes.new)
+    policy, known = (torch.stack([each[item] for item in probes.new]).double() for each in (now, reference))
+    expected = [*dpo_loss(policy[:4], known[:4], 0.3)]
+    expected += [*kto_loss(policy[4:, 0], known[4:, 0], torch.tensor([False] * 3), (1.0, 1.0), 0.3)]
+    new = found.preference_losses["new"]
+    assert new.after.mean == pytest.approx(sum(map(float, expected)) / 7, rel=1e-4)
+    assert new.base.mean == pytest.approx((4 * 0.693147 + 3 * 0.5) / 7, rel=1e-5)
+    assert found.preference_losses["7"].base.mean == 0.5 != found.preference_losses["7"].before.mean
 
 
 def test_a_first_update_has_drifted_from_the_base_alone(adapter: Adapter) -> None:

@@ -102,3 +102,28 @@ def test_a_rise_within_the_noise_floor_is_none() -> None:
     risen = GOOD | {"old": {"1": shift(3, 2, 2.3)}}
     assert names_of_failed(report(**risen)) == ["old_loss"]
     assert names_of_failed(report(**risen | {"noise": 0.4})) == []
+
+
+def test_an_update_of_preferences_alone_is_judged_by_them() -> None:
+    """What players compare and rate has no loss per token: the loss of DPO and KTO on what was held out decides."""
+    learned, missed = ({"new": shift(0.693, 0.6, after)} for after in (0.5, 0.599))
+    assert judge(report(new=None, preference_losses=learned), RULES).outcome == "accepted"
+    assert "0.600 -> 0.500" in judge(report(new=None, preference_losses=learned), RULES).reason
+    assert names_of_failed(report(new=None, preference_losses=missed)) == ["preference_gain"]
+    none = {"new": shift(0.693, 0.6, 0.5, examples=0)}
+    assert judge(report(new=None, preference_losses=none), RULES).outcome == "inconclusive"
+    few = judge(report(new=None, preference_losses=learned), Gate(heldout_min=11))
+    assert few.outcome == "inconclusive" and "10 held-out" in few.reason
+
+
+def test_preferences_may_not_be_forgotten() -> None:
+    """Neither those of past updates, against the served version and the base, nor those of eval/, nor new ones."""
+    for name, losses, failed in (
+        ("1", shift(0.693, 0.4, 0.55), "old_preference"),
+        ("1", shift(0.693, 0.75, 0.82), "old_preference_base"),
+        ("eval", shift(0.693, 0.4, 0.55), "eval_preference"),
+        ("new", shift(0.693, 0.6, 0.75), "new_preference"),
+    ):
+        assert names_of_failed(report(**GOOD, preference_losses={name: losses})) == [failed]
+        kept = shift(0.693, losses.before.mean - 0.1, losses.before.mean - 0.05)
+        assert judge(report(**GOOD, preference_losses={name: kept}), RULES).outcome == "accepted"

@@ -105,8 +105,23 @@ def _report(report: "RunReport") -> None:
                         ("previous version", evaluation and evaluation.drift_previous)):  # fmt: skip
         if drift:
             screen.say(f"drift, KL({name} || candidate): {_interval(drift)}")
+    _preferences(report)
     _sequence(report)
     _effort(report)
+
+
+def _preferences(report: "RunReport") -> None:
+    """Held-out comparisons and ratings: their losses, and how many comparisons are ranked right."""
+    evaluation = report.evaluation
+    known = evaluation.preference_losses if evaluation is not None else {}
+    if evaluation is None or not known:
+        return
+    rows = [_shift(f"update {name}" if name.isdecimal() else name, shift) for name, shift in known.items()]
+    screen.say("\npreference losses, DPO and KTO against the base (95 % interval of the change)")
+    screen.table(["HOLD-OUT", "EXAMPLES", "BASE", "BEFORE", "AFTER", "CHANGE"], rows, "")
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in evaluation.preference.items())
+    if shares:
+        screen.say(f"comparisons ranked right: {shares}")
 
 
 def _sequence(report: "RunReport") -> None:

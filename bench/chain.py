@@ -4,6 +4,7 @@ Rows into a journal, an experience cut out of it, `python -m strategies.train` o
 version that the next update continues from. Older versions are removed as the daemon's retention would.
 """
 
+import hashlib
 import resource
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import msgspec
 
 from bench.forgetting_report import Cost
 from bench.scoring import Task
@@ -58,6 +61,8 @@ class Setting:
 
     def epochs(self, task: Task) -> int:
         """Enough to be learned, and hot enough to forget what was before."""
+        if task.showings:
+            return 1
         return self.option_epochs if task.has_options else max(1, round(self.fact_presentations / len(task.train)))
 
     def limited(self, task: Task) -> Task:
@@ -103,11 +108,13 @@ def learn(
     with transaction(connection):
         journal.add(connection, MODEL, items, heldout_fraction=setting.heldout_fraction)
         journal.claim(connection, MODEL, run_id, len(items))
-    cut = experience.cut(connection, MODEL, run_id, number, update.recipe_of(model), run_directory / "experience.jsonl")
+    file = run_directory / "experience.jsonl"
+    cut = experience.cut(connection, MODEL, run_id, number, update.recipe_of(model), file)
+    sha256 = _show_again(file, task) if task.showings else cut.sha256
     request = update.request_of(
         model, run_id=run_id, name=MODEL, update_number=number,
         parent=version(directory, number - 1) if number > 1 else None,
-        experience_sha256=cut.sha256, cache=setting.work / "cache",
+        experience_sha256=sha256, cache=setting.work / "cache",
     )  # fmt: skip
     write(run_directory / "request.json", request)
     began = _cpu_seconds()
@@ -115,12 +122,20 @@ def learn(
     cpu_seconds = _cpu_seconds() - began
     manifest = publish.manifest_of(
         report, model=MODEL, number=number, parent=None, run_id=run_id, update_number=number,
-        experience_sha256=cut.sha256,
+        experience_sha256=sha256,
     )  # fmt: skip
     publish.publish(run_directory, version(directory, number), manifest)
     with transaction(connection):
         journal.consume(connection, run_id, number)
     return report, _cost(directory, number, report, cpu_seconds)
+
+
+def _show_again(file: Path, task: Task) -> str:
+    """Write every new row of an experience as often as the task says; the journal keeps each example once."""
+    showings = {row.example: count for row, count in zip(task.train, task.showings, strict=True)}
+    rows = [row for row in experience.read(file) for _ in range(showings[row.example] if row.role == "new" else 1)]
+    file.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _cpu_seconds() -> float:

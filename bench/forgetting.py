@@ -184,7 +184,7 @@ def measure(
     costs: list[Cost] = []
     seconds = 0.0
     with chain.journal_at(directory) as connection:
-        for number, task in enumerate(_updates(sequence, wanted.strategy), 1):
+        for number, task in enumerate(updates_of(sequence, wanted.strategy, setting), 1):
             report, cost = chain.learn(setting, connection, directory, task, number, recipe, wanted.seed)
             seconds += report.seconds["train"]
             costs.append(cost)
@@ -198,10 +198,12 @@ def measure(
     )  # fmt: skip
 
 
-def _updates(sequence: list[Task], strategy: str) -> list[Task]:
+def updates_of(sequence: list[Task], strategy: str, setting: Setting) -> list[Task]:
+    """One update per task; for joint training one in all, that shows every row as often as the sequence does."""
     if strategy != JOINT:
         return sequence
-    return [Task(JOINT, [row for task in sequence for row in task.train], sequence[0].test)]
+    showings = tuple(setting.epochs(task) for task in sequence for _ in task.train)
+    return [Task(JOINT, [row for task in sequence for row in task.train], sequence[0].test, showings)]
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ class Task:
     name: str
     train: list[TaskRow]
     test: list[TaskRow]
+    showings: tuple[int, ...] = ()
+    """Of joint training: how often each training row is shown, all in one epoch."""
 
     @property
     def has_options(self) -> bool:

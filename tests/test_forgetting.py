@@ -1,5 +1,6 @@
 """The forgetting bench: scores by one forward pass, cells that are kept, and the page it writes."""
 
+import hashlib
 import random
 import subprocess
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
+import msgspec
 import pytest
 import torch
 
@@ -16,7 +18,8 @@ from bench.forgetting import tasks_of
 from bench.forgetting_report import Cell, Cost, growth, write_report
 from bench.pictures import curves, heat_maps
 from bench.scoring import Task, TaskRow, chosen, drift, read_task, recalled, task_score
-from buffers.experience import general_rows
+from buffers import experience
+from buffers.experience import Row, general_rows
 from daemon import cli
 from strategies.adapter import Adapter, load_adapter
 from strategies.catalog import Distill, Replay
@@ -250,11 +253,22 @@ def test_growth_is_the_slope_once_the_sequence_has_a_past() -> None:
     assert growth([0.0] * 6) == 0.0
 
 
-def test_joint_training_is_one_update_of_all_tasks() -> None:
-    """The ceiling: every training row at once; strategies get the tasks one by one."""
-    tasks = [Task(name, [TaskRow(name, " a")], [TaskRow(name, " a")]) for name in "xy"]
-    assert forgetting._updates(tasks, "naive") == tasks
-    assert [[row.prompt for row in task.train] for task in forgetting._updates(tasks, "joint")] == [["x", "y"]]
+def test_joint_training_shows_every_row_as_often_as_the_sequence_does(tmp_path: Path) -> None:
+    """The ceiling: one update of one epoch, in which a fact stands eight times and a review twice."""
+    setting = Setting(base=Path(), work=Path(), fact_presentations=8, option_epochs=2)
+    tasks = [
+        Task("facts", [TaskRow("who", " a")], [TaskRow("who", " a")]),
+        Task("reviews", [TaskRow("good?", " yes")], [TaskRow("good?", " no", ("yes", "no"))]),
+    ]
+    assert forgetting.updates_of(tasks, "naive", setting) == tasks
+    (joint,) = forgetting.updates_of(tasks, "joint", setting)
+    assert setting.epochs(joint) == 1
+    shown = [Row(role="new", update=1, id=place, example=row.example) for place, row in enumerate(joint.train)]
+    other = Row(role="probe", update=0, id=0, example=joint.train[0].example)
+    (tmp_path / "rows").write_bytes(b"\n".join(msgspec.json.encode(row) for row in [*shown, other]))
+    digest = chain._show_again(tmp_path / "rows", joint)
+    assert digest == hashlib.sha256((tmp_path / "rows").read_bytes()).hexdigest()
+    assert list(experience.read(tmp_path / "rows")) == [shown[0]] * 8 + [shown[1]] * 2 + [other]
 
 
 def test_limits_apply_before_training() -> None:

@@ -1,6 +1,6 @@
-"""Keeps the state directory from growing: removes what `daemon.retention` finds to be of no more use."""
+"""Keeps the state directory and the process from growing: removes what `daemon.retention` finds, gives memory back."""
 
-from daemon import retention
+from daemon import memory, retention
 from daemon.engines.contract import EngineRefused, EngineUnavailable
 from daemon.retention import Removal
 from daemon.service.house import House, log
@@ -9,13 +9,14 @@ from daemon.state import runs
 from daemon.state.database import transaction
 
 SWEEP_SECONDS = 3600.0
+TRIM_SECONDS = 60.0
 
 
 class Keeping:
-    """Sweeps once an hour, and when an operator asks."""
+    """Sweeps once an hour, and when an operator asks; gives free memory back once a minute."""
 
     def __init__(self, house: House, serving: Serving) -> None:
-        self._house, self._serving, self._next = house, serving, 0.0
+        self._house, self._serving, self._next, self._next_trim = house, serving, 0.0, 0.0
 
     def plan(self) -> list[Removal]:
         """What may go now. A model whose engine does not say what it has loaded keeps all its versions."""
@@ -35,7 +36,10 @@ class Keeping:
         return removals + retention.old_runs(self._house.runs, runs.recent(self._house.database, limit=-1))
 
     def sweep(self, now: float) -> None:
-        """Once an hour."""
+        """Files once an hour, memory once a minute."""
+        if not self._next_trim - TRIM_SECONDS <= now < self._next_trim:
+            self._next_trim = now + TRIM_SECONDS
+            memory.give_back()
         if not self._next - SWEEP_SECONDS <= now < self._next:  # also when the clock was set back
             self._next = now + SWEEP_SECONDS
             self.carry_out(self.plan())

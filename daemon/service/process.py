@@ -11,7 +11,7 @@ from types import FrameType
 from typing import IO
 
 from daemon import config as configuration
-from daemon import control, intake, log, sd_notify, web
+from daemon import control, intake, log, memory, sd_notify, web
 from daemon.ballast import Ballast
 from daemon.service.house import log as logger
 from daemon.service.loop import Service
@@ -48,6 +48,7 @@ def run(config_path: Path) -> int:
     75: another daemon, or a disk that takes nothing: a later start may succeed. 74: a damaged or newer database.
     78: a bad configuration. The last two need a person, so the unit is not restarted.
     """
+    memory.stay_small()
     log.configure()
     flags = Flags()
     flags.install()

@@ -17,6 +17,7 @@ from buffers.policy import Buffer
 from daemon import windows
 from daemon.notify.settings import Notify, problem
 from daemon.rollout import Rollout, stages
+from daemon.trust.metric import Metric, trouble_with
 from daemon.trust.policy import Source, Trust
 from daemon.tuning_rules import Tuning
 from strategies.catalog import BY_NAME, Count, NotNegative, Positive, Strategy, key_of
@@ -199,6 +200,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     engines: dict[str, Engine]
     watch: Watch = Watch()
     trust: Trust = Trust()
+    metrics: dict[str, Metric] = {}
+    """What the metrics of feedback records mean."""
     web: Web = Web()
     intake: Intake = Intake()
     gateway: Gateway = Gateway()
@@ -264,7 +267,7 @@ def explain(message: str) -> str:
 
 _TABLES: list[tuple[str, type]] = [
     (r"", Config), (r"watch", Watch), (r"trust", Trust), (r"web", Web), (r"intake", Intake), (r"gateway", Gateway),
-    (r"trust\.sources.*", Source), (r"engines.*", Engine), (r".*\.lora", Lora),
+    (r"trust\.sources.*", Source), (r"metrics.*", Metric), (r"engines.*", Engine), (r".*\.lora", Lora),
     (r".*\.tuning", Tuning), (r".*\.parallel", Parallel),
     (r"notify", Notify),
     (r".*\.training", Training), (r".*\.buffer", Buffer), (r".*\.schedule", Schedule), (r".*\.gate", Gate),
@@ -317,9 +320,7 @@ def _absolute(config: Config, directory: Path) -> Config:
 def _check(config: Config, path: Path) -> None:
     if not config.models:
         raise ConfigError(f"{path}: no model: add a table [models.NAME]")
-    for name in (*config.models, *config.engines):
-        if not NAME.fullmatch(name):
-            raise ConfigError(f"{path}: the name `{name}` must match {NAME.pattern}")
+    _check_names(config, path)
     if config.web.listen and not LOOPBACK.fullmatch(config.web.listen):
         raise ConfigError(f"{path}: [web] listen = `{config.web.listen}` must be a loopback address: `127.0.0.1:8787`")
     if (wrong := problem(config.notify)) is not None:
@@ -346,6 +347,15 @@ def _check(config: Config, path: Path) -> None:
             raise ConfigError(f"{place}.schedule: {wrong}")
         if model.schedule.cron is not None:
             _check_cron(model.schedule.cron, f"{place}.schedule cron")
+
+
+def _check_names(config: Config, path: Path) -> None:
+    for name in (*config.models, *config.engines, *config.metrics):
+        if not NAME.fullmatch(name):
+            raise ConfigError(f"{path}: the name `{name}` must match {NAME.pattern}")
+    for name, metric in config.metrics.items():
+        if (wrong := trouble_with(metric)) is not None:
+            raise ConfigError(f"{path}: [metrics.{name}] {wrong}")
 
 
 def _check_gateway(gateway: Gateway, path: Path) -> None:

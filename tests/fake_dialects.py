@@ -1,6 +1,7 @@
 """The fake engine in other engines' dialects: their routes, their status codes, their traps."""
 
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,36 @@ class FakeVllm(FakeEngine):
             return error(500, "Error loading lora")
         answer = await super().load(request)
         return PlainTextResponse("Success: LoRA adapter added successfully.") if answer.status_code == 200 else answer
+
+
+class FakeVllmShaped(FakeVllm):
+    """As much of vLLM as many servers copy: no metrics, no scores of given tokens, no parents in the list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: dict[str, list[int]] = {}
+        self.hides_paths = False
+
+    def routes(self) -> list[Route]:
+        """Load, unload, list, chat."""
+        left_out = ("/metrics", "/v1/completions")
+        chat = Route("/v1/chat/completions", self.chat, methods=["POST"])
+        return [*(route for route in super().routes() if route.path not in left_out), chat]
+
+    async def models(self, _: Request) -> Response:
+        """Names, and perhaps paths."""
+        rows = [{"id": self.base}, *({"id": name, "root": row["root"]} for name, row in self.adapters.items())]
+        return JSONResponse({"data": [{"id": row["id"]} for row in rows] if self.hides_paths else rows})
+
+    async def chat(self, request: Request) -> Response:
+        """The canary's answer, scored by whoever answers."""
+        body = await request.json()
+        name = body["model"]
+        if name != self.base and name not in self.adapters:
+            return error(404, f"The model `{name}` does not exist.")
+        weights = "base" if name == self.base or self.lies else self.confuses or self.adapters[name]["root"]
+        choices = [greedy(weights, self.answers[body["messages"][0]["content"]])]
+        return JSONResponse({"model": name, "choices": choices})
 
 
 class FakeSglang(FakeVllm):
@@ -213,6 +244,10 @@ class FakeLlamaServer(FakeEngine):
         """All models are unloaded; the preset file is still there."""
         self.states = dict.fromkeys(self.states, "unloaded") | {"base": "loaded"}
 
+    def forget(self, name: str) -> None:
+        """Its process has ended."""
+        self.states[name] = "unloaded"
+
     async def models(self, request: Request) -> Response:
         """The sections and their states; it forgets what is no longer in the file only when it reads it again."""
         if request.query_params.get("reload"):
@@ -241,19 +276,76 @@ class FakeLlamaServer(FakeEngine):
     async def complete(self, request: Request) -> Response:
         """Samples what the bias says; a first byte of a character is not reported, a later one is a 500."""
         body = await request.json()
-        name, sampled = body["model"], body["logit_bias"][0][0]
-        if self.states.get(name) != "loaded":
-            return error(400, f"{name} is not loaded")
+        root, sampled = self._answering(body), body["logit_bias"][0][0]
+        if root is None:
+            return error(400, f"{body['model']} is not loaded")
         if sampled in self.later_bytes:
             return error(500, "The model produced output that does not match the expected Content-only format")
         if sampled in self.first_bytes:
             return JSONResponse({"content": "\ufffd"})
-        weights = "base" if name == "base" or self.lies else self.confuses or self._root(name)
+        weights = "base" if not root or self.lies else self.confuses or root
         rows = [{"id": token, "logprob": logprob(weights, [*body["prompt"], token])} for token in range(20)]
         own = rows[sampled if isinstance(sampled, int) else 0]
         return JSONResponse({"completion_probabilities": [{**own, "top_logprobs": rows[: body["n_probs"]]}]})
 
-    def _root(self, name: str) -> str:
-        import json
+    def _answering(self, body: dict[str, Any]) -> str | None:
+        """An adapter's root, nothing for the base, None for what is not loaded."""
+        name = body["model"]
+        if self.states.get(name) != "loaded":
+            return None
+        return "" if name == "base" else self._root(name)
 
+    def _root(self, name: str) -> str:
         return str(json.loads((self.preset.parent / f"{name}.json").read_text())["root"])
+
+
+class FakeLlamaScales(FakeLlamaServer):
+    """llama-server with `--lora-scaled`: adapters are files that are read at its start, a request says which scales.
+
+    Whoever watches the files (systemd) starts it again when one has changed.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory / "none")
+        self.files = [directory / f"slot-{number}.gguf" for number in range(3)]
+        self.read: dict[Path, tuple[int, str]] = {}
+        self.is_watched = True
+
+    def routes(self) -> list[Route]:
+        """Of the server."""
+        return [
+            Route("/health", self.health),
+            Route("/lora-adapters", self.slots_of),
+            Route("/completion", self.complete, methods=["POST"]),
+        ]
+
+    def restart(self, *, keeps_aliases: bool = False) -> None:
+        """Reads its files again; nothing is forgotten but what was unloaded."""
+        self.read = {file: (file.stat().st_mtime_ns, label_of(file)) for file in self.files}
+
+    def forget(self, name: str) -> None:
+        """Somebody has started it without its files, and again with them."""
+        self.read = {}
+
+    async def slots_of(self, _: Request) -> Response:
+        """Ids, paths, and the labels that stood in the files when they were read."""
+        if self.is_watched and any(self.read.get(file, (0,))[0] != file.stat().st_mtime_ns for file in self.files):
+            self.restart()
+        rows = enumerate(self.read.items())
+        return JSONResponse(
+            [{"id": at, "path": str(file), "scale": 0.0, "task_name": label} for at, (file, (_, label)) in rows]
+        )
+
+    def _answering(self, body: dict[str, Any]) -> str | None:
+        """An adapter's root; nothing for the base."""
+        labels = [label for _, label in self.read.values()]
+        used = [labels[each["id"]] for each in body["lora"] if each["scale"]]
+        return used[0].split(" ", 1)[1] if used else ""
+
+
+def label_of(file: Path) -> str:
+    """`adapter.lora.task_name` of a GGUF file, or nothing."""
+    from gguf import GGUFReader
+
+    found = GGUFReader(file).fields.get("adapter.lora.task_name")
+    return str(found.contents()) if found else ""

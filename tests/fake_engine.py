@@ -2,7 +2,8 @@
 
 Its "log-probabilities" are a hash of (what answers, tokens so far), so that each version and the base have a
 fingerprint of their own. Scripts: `delay_seconds`, `failures` (statuses for the coming requests to a path), `lies` (a
-load says 200, the base answers), `confuses` (answers with another version), and `restart` (forgets like a real one).
+load says 200, the base answers), `confuses` (answers with another version), `restart` (forgets like a real one) and
+`forget` (loses one adapter and goes on).
 """
 
 import asyncio
@@ -85,6 +86,10 @@ class FakeEngine:
         self.adapters.clear()
         if not keeps_aliases:
             self.aliases.clear()
+
+    def forget(self, name: str) -> None:
+        """Lose one adapter without a word."""
+        self.adapters.pop(name, None)
 
     async def health(self, _: Request) -> Response:
         """Alive."""

@@ -7,16 +7,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fake_dialects import FakeLlamaServer, FakeLorax, FakeMistral, FakeSglang, FakeVllm
+from fake_dialects import (
+    FakeLlamaScales,
+    FakeLlamaServer,
+    FakeLorax,
+    FakeMistral,
+    FakeSglang,
+    FakeVllm,
+    FakeVllmShaped,
+)
 from fake_engine import FakeEngine, canary
 from serving_kit import make_adapter, served
 
 from daemon.config import ConfigError
 from daemon.config import Engine as Settings
-from daemon.engines.activate import activate
+from daemon.engines.activate import activate, prove
 from daemon.engines.build import build
 from daemon.engines.contract import Engine, EngineRefused, EngineUnavailable, ProbeFailed, Version
 from daemon.engines.gguf_adapter import BaseShape, convert
@@ -30,6 +39,7 @@ class Place(NamedTuple):
     engine: Engine
     fakes: list[FakeEngine]
     versions: list[Version]
+    settings: Settings
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +65,10 @@ def write_base_gguf(path: Path) -> None:
     writer.close()
 
 
-@pytest.fixture(params=["embedded", "vllm", "sglang", "lorax", "mistral", "llama_server"])
+KINDS = ["embedded", "vllm", "vllm_shaped", "sglang", "lorax", "mistral", "llama_server", "llama_scales"]
+
+
+@pytest.fixture(params=KINDS)
 def place(request: pytest.FixtureRequest, versions: list[Version], tmp_path: Path) -> Iterator[Place]:
     """Each kind of engine, built from its configuration; vLLM with two replicas."""
     kind = request.param
@@ -66,7 +79,9 @@ def place(request: pytest.FixtureRequest, versions: list[Version], tmp_path: Pat
         "sglang": [FakeSglang()],
         "lorax": [FakeLorax()],
         "mistral": [FakeMistral()],
+        "vllm_shaped": [FakeVllmShaped(), FakeVllmShaped()],
         "llama_server": [FakeLlamaServer(preset)],
+        "llama_scales": [FakeLlamaScales(tmp_path)],
     }
     write_base_gguf(tmp_path / "base.gguf")
     preset.write_text(f"version = 1\n\n[base]\nmodel = {tmp_path / 'base.gguf'}\nctx-size = 512\n")
@@ -74,19 +89,24 @@ def place(request: pytest.FixtureRequest, versions: list[Version], tmp_path: Pat
         urls = [stack.enter_context(served(fake)) for fake in fakes[kind]]
         if kind == "llama_server":
             urls = [f"{urls[0]}?preset={preset}"]
-        engine = build(Settings(kind=kind, urls=urls, timeout_seconds=5.0))
+        if kind == "llama_scales":
+            urls = [f"{urls[0]}?slots={tmp_path}&base={tmp_path / 'base.gguf'}"]
+        configured = "llama_server" if kind == "llama_scales" else kind
+        settings = Settings(kind=configured, urls=urls, timeout_seconds=5.0)
+        engine = build(settings)
+        assert engine.health().ok
         stack.callback(engine.close)
-        yield Place(engine, fakes[kind], versions)
+        yield Place(engine, fakes[kind], versions, settings)
 
 
 def canaries(place: Place, version: Version) -> list[Canary]:
-    """Two canaries; the fakes of LoRAX and mistral.rs are told what the greedy answers are."""
+    """Two canaries; the fakes that only chat are told what the greedy answers are."""
     found = [canary(version.path, seed) for seed in range(2)]
     found = [
         Canary(**{f: getattr(c, f) for f in c.__struct_fields__} | {"prompt": f"q{at}"}) for at, c in enumerate(found)
     ]
     for fake in place.fakes:
-        if isinstance(fake, (FakeLorax, FakeMistral)):
+        if isinstance(fake, (FakeLorax, FakeMistral, FakeVllmShaped)):
             fake.answers = {each.prompt: each.token_ids for each in found}
     return found
 
@@ -145,15 +165,59 @@ def test_after_a_restart_it_is_served_again(place: Place) -> None:
     place.engine.probe("npc@0001", canaries(place, place.versions[0]))
 
 
+EVERY_PATH = ("/health", "/v1/models", "/models", "/generate", "/v1/lora_adapters", "/lora-adapters")
+
+
 def test_a_dead_engine_is_unavailable(place: Place) -> None:
     """503 on everything: worth another try, and health says why."""
     for fake in place.fakes:
-        fake.failures = {
-            path: [503] * 9 for path in ("/health", "/v1/models", "/models", "/generate", "/v1/lora_adapters")
-        }
+        fake.failures = {path: [503] * 9 for path in EVERY_PATH}
     assert not place.engine.health().ok
     with pytest.raises(EngineUnavailable):
         place.engine.load(place.versions[0])
+
+
+LOADS = ("/v1/load_lora_adapter", "/load_lora_adapter", "/models/load", "/generate", "/lora-adapters")
+
+
+def test_a_load_that_fails_leaves_the_old_version(place: Place) -> None:
+    """500 to a load: the alias stays; it is final where the engine means it so, else the next try ends well."""
+    activate(place.engine, "npc", place.versions[0], canaries(place, place.versions[0]))
+    place.fakes[-1].failures = {path: [500] for path in LOADS}
+    with pytest.raises((EngineUnavailable, EngineRefused)) as caught:
+        activate(place.engine, "npc", place.versions[1], canaries(place, place.versions[1]))
+    assert isinstance(caught.value, EngineRefused) == isinstance(place.fakes[0], FakeVllm)
+    place.fakes[-1].failures = {}
+    assert place.engine.aliases() == {"npc": "npc@0001"}
+    activate(place.engine, "npc", place.versions[1], canaries(place, place.versions[1]))
+    assert place.engine.aliases() == {"npc": "npc@0002"}
+
+
+def test_a_slow_engine_is_waited_for_and_one_that_hangs_is_unavailable(place: Place) -> None:
+    """Slower than ever, but within `timeout_seconds`: the swap goes on; beyond that it is worth another try."""
+    place.fakes[-1].delay_seconds = 0.02
+    activate(place.engine, "npc", place.versions[0], canaries(place, place.versions[0]))
+    hasty = build(msgspec.structs.replace(place.settings, timeout_seconds=0.2))
+    place.fakes[-1].delay_seconds = 0.5
+    assert not hasty.health().ok
+    with pytest.raises(EngineUnavailable):
+        activate(hasty, "npc", place.versions[1], canaries(place, place.versions[1]))
+    place.fakes[-1].delay_seconds = 0.0
+    assert place.engine.aliases() == {"npc": "npc@0001"}
+    hasty.close()
+
+
+def test_what_the_engine_has_forgotten_is_loaded_again(place: Place) -> None:
+    """One version gone from a process that goes on: no new epoch, and yet the next look finds and mends it."""
+    live, previous = place.versions
+    wish = Desired(alias="npc", version=live, canaries=canaries(place, live), previous=previous)
+    epoch = reconcile(place.engine, [wish]).epoch
+    reconcile(place.engine, [wish], epoch)
+    place.fakes[-1].forget(live.name)
+    done = reconcile(place.engine, [wish], epoch)
+    assert not done.errors and done.epoch == epoch
+    assert {row.name for row in place.engine.loaded()} == {"npc@0001", "npc@0002"}
+    assert prove(place.engine, live.name, canaries(place, live)).to_reference == 0
 
 
 def test_a_moved_alias_is_not_overwritten(place: Place) -> None:

@@ -1,7 +1,8 @@
 """The client of an engine, out of its table in the configuration."""
 
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from typing import Any
+from urllib.parse import parse_qs
 
 from daemon.config import ConfigError
 from daemon.config import Engine as Settings
@@ -9,16 +10,18 @@ from daemon.engines.channel import Channel
 from daemon.engines.contract import Engine
 from daemon.engines.directory import Directory
 from daemon.engines.embedded import Embedded
-from daemon.engines.gateway import BehindGateway, as_it_is, lorax_name, sglang_name
+from daemon.engines.gateway import BehindGateway, as_it_is, llama_name, lorax_name, sglang_name
+from daemon.engines.llama_scales import LlamaScales
 from daemon.engines.llama_server import LlamaServer
 from daemon.engines.lorax import Lorax
 from daemon.engines.mistral import Mistral
 from daemon.engines.routes import RouteTable
 from daemon.engines.sglang import Sglang
 from daemon.engines.vllm import Vllm
+from daemon.engines.vllm_shaped import VllmShaped
 
-FLEETS = {"vllm": Vllm, "sglang": Sglang}
-NAMINGS = {"sglang": sglang_name, "lorax": lorax_name}
+FLEETS = {"vllm": Vllm, "vllm_shaped": VllmShaped, "sglang": Sglang}
+NAMINGS = {"sglang": sglang_name, "lorax": lorax_name, "llama_server": llama_name}
 
 
 def build(settings: Settings, gateway: Path | None = None, owner: str | None = None) -> Engine:
@@ -47,8 +50,7 @@ def _client(settings: Settings) -> Engine:
     if settings.kind == "lorax":
         return Lorax(url, routes, token=token, timeout_seconds=seconds, slots=slots)
     if settings.kind == "llama_server":
-        place = url.partition("?")[0], _preset(url)
-        return LlamaServer(*place, routes, token=token, timeout_seconds=seconds, slots=slots)
+        return _llama(url, routes, token=token, timeout_seconds=seconds, slots=slots)
     if settings.kind == "mistral":
         return Mistral(url, routes, token=token, timeout_seconds=seconds)
     if settings.kind == "directory":
@@ -56,11 +58,15 @@ def _client(settings: Settings) -> Engine:
     return Embedded(url, token=token, timeout_seconds=seconds)
 
 
-def _preset(url: str) -> Path:
-    """`http://host:port?preset=/path/models.ini`."""
-    found = parse_qs(urlsplit(url).query).get("preset")
-    if not found:
-        raise ConfigError(
-            f"an engine of kind `llama_server` needs the preset file in its url: {url}?preset=/path/models.ini"
-        )
-    return Path(found[0])
+def _llama(url: str, routes: RouteTable, **options: Any) -> Engine:
+    """`URL?preset=/path/models.ini`: a router; `URL?slots=/path/slots&base=/path/base.gguf`: one process with slots."""
+    address, _, query = url.partition("?")
+    found = {key: Path(values[0]) for key, values in parse_qs(query).items()}
+    if "preset" in found:
+        return LlamaServer(address, found["preset"], routes, **options)
+    if "slots" in found and "base" in found:
+        return LlamaScales(address, found["slots"], found["base"], routes, **options)
+    raise ConfigError(
+        f"an engine of kind `llama_server` needs its files in its url: {address}?preset=/path/models.ini for a router,"
+        f" {address}?slots=/path/slots&base=/path/base.gguf for one process with slots"
+    )

@@ -19,6 +19,7 @@ from daemon.engines.contract import (
     Version,
 )
 from daemon.engines.exposure import Split
+from daemon.engines.llama_scales import LlamaScales
 from strategies.request import Canary
 
 Naming = Callable[[Engine, str], dict[str, Any]]
@@ -42,6 +43,11 @@ def lorax_name(engine: Engine, name: str) -> dict[str, Any]:
     """The directory, read from the server's own disk."""
     roots = {row.name: row.root for row in engine.loaded()}
     return {"model": roots[name], "extra": {"adapter_source": "local"}} if name in roots else {}
+
+
+def llama_name(engine: Engine, name: str) -> dict[str, Any]:
+    """The slot, where one process has several; a router goes by the name."""
+    return {"extra": {"lora": engine.lora(name)}} if isinstance(engine, LlamaScales) else {}
 
 
 class BehindGateway:

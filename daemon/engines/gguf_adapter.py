@@ -39,17 +39,17 @@ def base_shape(gguf_file: Path) -> BaseShape:
     return BaseShape(architecture, number("block_count"), heads, number("attention.head_count_kv") if shared else heads)
 
 
-def convert(adapter: Path, shape: BaseShape, target: Path) -> None:
-    """Write the adapter directory as one GGUF file; raises `ValueError` for what llama.cpp cannot serve."""
-    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
+def convert(adapter: Path, shape: BaseShape, target: Path, label: str = "") -> None:
+    """Write the adapter directory as one GGUF file; raises `ValueError` for what llama.cpp cannot serve.
+
+    `label`: what llama-server says of a loaded adapter (`task_name` of its `GET /lora-adapters`).
+    """
+    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
     config = json.loads((adapter / "adapter_config.json").read_bytes())
     kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
     names = get_tensor_name_map(kinds.get(shape.architecture, MODEL_ARCH.LLAMA), shape.layers)
-    writer = GGUFWriter(target, shape.architecture)
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 0.0)
+    writer = _writer(target, shape, label)
     for key, tensor in sorted(_tensors(adapter / "adapter_model.safetensors").items()):
         match = _KEY.match(key)
         name = match and names.get_name(match["module"] + ".weight", try_suffixes=(".weight",))
@@ -58,6 +58,26 @@ def convert(adapter: Path, shape: BaseShape, target: Path) -> None:
         is_b = match["side"] == "B"
         scaled = _scaled(tensor, match["module"], config, shape) if is_b else tensor
         writer.add_tensor(f"{name}.lora_{'b' if is_b else 'a'}", scaled.astype("float32"))
+    _write(writer)
+
+
+def write_empty(shape: BaseShape, target: Path) -> None:
+    """An adapter that changes nothing, for a slot that no version has."""
+    _write(_writer(target, shape, ""))
+
+
+def _writer(target: Path, shape: BaseShape, label: str) -> Any:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(target, shape.architecture)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_string("adapter.lora.task_name", label)
+    writer.add_float32("adapter.lora.alpha", 0.0)
+    return writer
+
+
+def _write(writer: Any) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

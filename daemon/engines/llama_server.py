@@ -1,14 +1,12 @@
 """llama-server in router mode: every version is a model of its own in the preset file, with the base and one adapter.
 
-The preset file must have a section for the base; a version's section is a copy of it with `lora =`. llama-server cannot
-score given tokens: the probe has it sample them, one at a time, and reads their log-probabilities.
+The preset file must have a section for the base; a version's section is a copy of it with `lora =`. The other way of
+running llama-server, one process with slots of adapters, is `llama_scales`.
 """
 
-import contextlib
 import re
 import time
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -23,15 +21,12 @@ from daemon.engines.contract import (
     Version,
 )
 from daemon.engines.gguf_adapter import base_shape, convert
+from daemon.engines.llama_scoring import score
 from daemon.engines.routes import RouteTable, Tabled
 from strategies import request
 from strategies.request import Canary
 
 BASE = "base"
-CERTAIN, WHOLE = 10_000.0, "a"
-"""A bias that makes a token certain, and a text of one whole character."""
-ALTERNATIVES = 1000
-"""Half a character that is not among so many gets the log-probability of the last of them: an upper bound."""
 POLL_SECONDS = 0.05
 
 
@@ -81,7 +76,7 @@ class LlamaServer(Tabled):
 
     def probe(self, name: str, canaries: list[Canary]) -> Fingerprint:
         """One token at a time."""
-        return Fingerprint(served_by=name, logprobs=[self._score(name, canary) for canary in canaries])
+        return Fingerprint(served_by=name, logprobs=[score(self._http, {"model": name}, canary) for canary in canaries])
 
     def unload(self, name: str) -> None:
         """Cuts the streams that still run on it: whoever follows the aliases must have drained it before."""
@@ -130,28 +125,6 @@ class LlamaServer(Tabled):
     def _states(self) -> dict[str, str]:
         rows = self._http.call("GET", "/models")["data"]
         return {row["id"]: "failed" if row["status"].get("failed") else row["status"]["value"] for row in rows}
-
-    def _score(self, name: str, canary: Canary) -> list[float]:
-        tokens = canary.token_ids
-        return [self._logprob(name, [*canary.prompt_token_ids, *tokens[:at]], token) for at, token in enumerate(tokens)]
-
-    def _logprob(self, name: str, known: list[int], token: int) -> float:
-        """Of `token` after `known`. A bias decides what is sampled; the log-probabilities are those without it."""
-        listed: dict[int, float] = {}
-        with contextlib.suppress(EngineUnavailable):
-            listed = self._listed(name, known, [token, CERTAIN], 1)
-        if token not in listed:  # half a character: sampled, it is not reported or a 500; beside a whole one it is
-            listed = self._listed(name, known, [WHOLE, CERTAIN], ALTERNATIVES)
-        if not listed:
-            raise EngineRefused(f"llama-server's answer for {name} has no log-probabilities")
-        return listed.get(token, min(listed.values()))
-
-    def _listed(self, name: str, known: list[int], bias: list[Any], alternatives: int) -> dict[int, float]:
-        """{token: log-probability} of the sampled token and of the most likely ones."""
-        asked = {"model": name, "prompt": known, "n_predict": 1, "n_probs": alternatives, "temperature": 0,
-                 "logit_bias": [bias], "cache_prompt": True}  # fmt: skip
-        rows = self._http.call("POST", "/completion", asked).get("completion_probabilities") or []
-        return {row["id"]: float(row["logprob"]) for found in rows for row in (found, *found["top_logprobs"])}
 
     def _root(self, name: str) -> str:
         note = self._file(name, "json")

@@ -120,7 +120,7 @@ class Vllm:
     def _load_one(self, replica: Channel, version: Version) -> bool:
         """Whether there was anything to do."""
         root = self._adapters(replica).get(version.name)
-        if root is not None and Path(root) != version.path:
+        if root and Path(root) != version.path:
             raise EngineRefused(f"{replica.url}: {version.name} is loaded from {root}, not from {version.path}")
         if root is not None:
             return False

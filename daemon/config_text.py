@@ -21,6 +21,7 @@ from buffers.policy import Buffer
 from daemon import config, tuning_rules
 from daemon.notify.settings import EVENTS, Notify
 from daemon.rollout import Rollout
+from daemon.trust.metric import Metric
 from daemon.trust.policy import Source, Trust
 from strategies.catalog import BY_NAME
 from strategies.parallel.choice import Parallel
@@ -29,7 +30,7 @@ from strategies.request import Lora, Training
 WIDTH = 100
 TABLES: tuple[tuple[str, type], ...] = (
     ("", config.Config), ("watch", config.Watch), ("trust", Trust),
-    ("trust.sources.NAME", Source), ("web", config.Web),
+    ("trust.sources.NAME", Source), ("metrics.NAME", Metric), ("web", config.Web),
     ("intake", config.Intake), ("gateway", config.Gateway),
     ("notify", Notify),
     ("engines.NAME", config.Engine), ("models.NAME", config.Model), ("models.NAME.lora", Lora),
@@ -94,7 +95,8 @@ _KINDS = {
     "Count": "whole number >= 1", "Positive": "number > 0", "NotNegative": "number >= 0", "Share": "0 <= number < 1",
     "float": "number", "int": "whole number", "str": "text", "bool": "true or false", "Path": "path",
     "list[str]": "list of texts", "dict[str, Model]": "tables", "dict[str, Engine]": "tables",
-    "dict[str, Source]": "tables", "list[Personal]": "list of `email`, `phone`, `iban`, `credit_card`, `ip`",
+    "dict[str, Source]": "tables", "dict[str, Metric]": "tables",
+    "list[Personal]": "list of `email`, `phone`, `iban`, `credit_card`, `ip`",
     "list[Event]": "list of " + ", ".join(f"`{event}`" for event in EVENTS),
     "Whole": "whole number >= 0", "list[Strategy]": "list of tables",
     "dict[str, float | int | str | bool]": "table of values", "list[Percent]": "list of numbers > 0, < 100",
@@ -151,8 +153,8 @@ def commented(model: str, base: Path) -> str:
     }  # fmt: skip
     lines = ["# eternad: relative paths are relative to this file. `eternad check-config` checks it.", ""]
     for name, table in TABLES:
-        if name == "trust.sources.NAME":
-            continue  # of which sources there are any, only the operator knows
+        if name in ("trust.sources.NAME", "metrics.NAME"):
+            continue  # which sources and metrics there are, only the operator knows
         header = name.replace("engines.NAME", "engines.local").replace("models.NAME", f"models.{model}")
         lines += _table_lines(header, table, given if table in GIVEN_TABLES else {})
     for name, strategy in BY_NAME.items():

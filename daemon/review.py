@@ -7,7 +7,8 @@ from buffers.example import Origin
 from daemon.config import Config
 from daemon.ingest import feedback
 from daemon.ingest.kinship import Kin
-from daemon.state import audit, records
+from daemon.ingest.ratings import Ratings
+from daemon.state import audit, ratings, records
 from daemon.state.database import Connection, transaction
 from daemon.state.records import RecordRow
 
@@ -32,11 +33,15 @@ def accept(connection: Connection, config: Config, model: str, identity: str, ac
     record = feedback.read(msgspec.json.decode(row.body), model)
     origin = Origin(file="", source=row.source, subject=row.subject, record_id=row.id)
     with transaction(connection):
+        taught = Ratings(connection, config.metrics, model, [record]).taught(row.id, record)
+        examples = taught.examples or feedback.examples_of(record)
         added = journal.add(
-            connection, model, [(example, origin) for example in feedback.examples_of(record)],
+            connection, model, [(example, origin) for example in examples],
             heldout_fraction=config.watch.heldout_fraction, now=now, kin=Kin(connection, model),
         )  # fmt: skip
-        records.settle(connection, row, "journal", f"accepted by {actor}", added.ids)
+        records.settle(connection, row, "journal" if examples else "stored", f"accepted by {actor}", added.ids)
+        if taught.partner:
+            ratings.pair(connection, model, taught.partner, added.ids[0])
         audit.write(connection, "record.accepted", f"{model}/{identity}", {"held": row.reason}, actor)
     return added.new
 

@@ -144,8 +144,11 @@ def extra(tree: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if key not in FIELDS}
 
 
+_MINOR = re.compile(rf"{re.escape(SCHEMA)}\.\d{{1,4}}")
+
+
 def _check_schema(schema: Any) -> None:
-    if isinstance(schema, str) and re.fullmatch(rf"{re.escape(SCHEMA)}(?:\.\d{{1,4}})?", schema):
+    if schema == SCHEMA or (isinstance(schema, str) and _MINOR.fullmatch(schema)):
         return
     raise Problem(
         "unknown_schema",
@@ -174,7 +177,8 @@ def examples_of(record: Record) -> list[Example]:
     """What can be learned from a record: none for kinds that are only stored; raises `Problem` for a broken one.
 
     demonstration -> `demonstration`, and a `comparison` with the answer that was shown; comparison -> `comparison`;
-    boolean -> `boolean`. Floats, categories and comments slice evaluations and feed the review queue.
+    boolean -> `boolean`. What a float says depends on others (`daemon.ingest.ratings`); categories and comments slice
+    evaluations and feed the review queue.
     """
     try:
         return _READERS[record.kind](record)
@@ -228,6 +232,8 @@ def _float(record: Record) -> list[Example]:
     _need_metric(record)
     if isinstance(record.value, bool) or not isinstance(record.value, int | float) or not math.isfinite(record.value):
         raise ValueError("`value` must be a finite number")
+    if record.output is not None:
+        from_conversation((*_asked(record), *record.output.messages))
     return []
 
 

@@ -14,9 +14,10 @@ from daemon.ingest.lines import Line
 from daemon.ingest.outcome import Outcome
 from daemon.ingest.place import Place
 from daemon.ingest.problem import Problem
+from daemon.ingest.ratings import Ratings
 from daemon.ingest.refuse import BadLine, note_lines
 from daemon.ingest.trust import Doubt
-from daemon.state import eval_grams, records, subjects
+from daemon.state import eval_grams, ratings, records, subjects
 from daemon.state.database import Connection
 from daemon.state.records import RecordRow
 from daemon.trust import personal
@@ -70,9 +71,12 @@ def store(
     outcome = Outcome(path=path, model=place.model)
     ready = _not_erased(connection, ready, bad)
     fresh = list(_fresh(connection, place.model, ready, bad, outcome))
+    numbers = Ratings(connection, config.metrics, place.model, [each.record for each in fresh])
+    fresh = [each for each in fresh if _fits(numbers, each, bad)]
     withdrawn = records.retractions_of(connection, place.model, (each.identity for each in fresh))
     has_eval = not eval_grams.is_empty(connection, place.model)
     why_not = {each.identity: _why_not(each, withdrawn, now) for each in fresh}
+    fresh, partners = _rated(numbers, fresh, why_not)
     for each in fresh if has_eval else []:
         if any(eval_grams.meets(connection, place.model, decontaminate.grams(example)) for example in each.examples):
             why_not[each.identity] = why_not[each.identity] or "it stands in eval/"
@@ -90,6 +94,9 @@ def store(
         for each in fresh
     )
     records.add(connection, rows, now)
+    for identity, partner in partners.items():
+        if identity in in_journal:
+            ratings.pair(connection, place.model, partner, in_journal[identity][0])
     outcome.retracted = sum(_retract(connection, place.model, each, bad) for each in fresh)
     note_lines(connection, path, bad, now)
     outcome.new, outcome.duplicates, outcome.heldout = added.new, added.duplicates, added.heldout
@@ -126,6 +133,29 @@ def _fresh(
         else:
             message = f"the id {each.identity} is taken by a record with another body; the first one counts"
             bad.append(BadLine(each.line, Problem("id_conflict", message)))
+
+
+def _fits(numbers: Ratings, ready: Ready, bad: list[BadLine]) -> bool:
+    """Whether a record fits the metric that it names; if not, its line is refused."""
+    try:
+        numbers.check(ready.record)
+    except Problem as problem:
+        bad.append(BadLine(ready.line, problem))
+        return False
+    return True
+
+
+def _rated(
+    numbers: Ratings, fresh: list[Ready], why_not: dict[str, str]
+) -> tuple[list[Ready], dict[str, str]]:  # fmt: skip
+    """The records with what floats among them teach, and `{id: id of the rating that it is compared with}`."""
+    rated, partners = list[Ready](), dict[str, str]()
+    for each in fresh:
+        taught = numbers.taught(each.identity, each.record, counts=not why_not[each.identity])
+        rated.append(msgspec.structs.replace(each, examples=taught.examples) if taught.examples else each)
+        if taught.partner:
+            partners[each.identity] = taught.partner
+    return rated, partners
 
 
 def _why_not(ready: Ready, withdrawn: dict[str, str], now: float) -> str:

@@ -186,5 +186,6 @@ def _texts(example: Example) -> Iterator[str]:
 
 
 def _is_alike(waiting: Waiting, model: str, example: Example, least: float) -> bool:
-    other = examples_of(read(msgspec.json.decode(waiting.body), model))[0]
-    return teaches(other) == teaches(example) and likeness(said(example), said(other)) >= least
+    # what a float says depends on its subject's others: in probation it vouches for nobody
+    told = examples_of(read(msgspec.json.decode(waiting.body), model))[:1]
+    return any(teaches(each) == teaches(example) and likeness(said(example), said(each)) >= least for each in told)

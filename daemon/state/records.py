@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from daemon.state import ratings
 from daemon.state.database import Connection
 
 
@@ -120,6 +121,8 @@ def retract(connection: Connection, row: RecordRow, reason: str) -> int:
     connection.execute(
         "UPDATE record SET state = 'retracted', reason = ? WHERE model = ? AND id = ?", (reason, row.model, row.id)
     )
+    if row.kind == "float" and row.example_id is not None:
+        ratings.part(connection, row.example_id)
     return sum(_let_go(connection, each) for each in (row.example_id, row.pair_id) if each is not None)
 
 

@@ -1,7 +1,8 @@
 """Avalanche's own plugins by name: a scheduler of the learning rate, and loggers.
 
 Most of Avalanche's methods assume a classifier, copy the whole model or keep every data set alive; those are built anew
-in this package, and `strategies.catalog` says which. What is here acts on the optimiser or on metrics alone.
+in this package, and `strategies.catalog` says which. What is here acts on the optimiser or on metrics alone; early
+stopping is shown the adapter as the model (`strategies.avalanche_stopping`), MIR is built anew (`strategies.mir`).
 """
 
 from collections.abc import Callable, Mapping
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 from strategies import catalog
+from strategies.avalanche_stopping import Stopping
 from strategies.failure import Failure
 from strategies.lean_avalanche import LRSchedulerPlugin, MetricValue, logger_class
 from strategies.learner import JsonNotes, Learner, Loop
+from strategies.mir import InterferedRetrieval
 
 
 class EpochLoss:
@@ -133,4 +136,7 @@ class Schedule(Learner, supports_distributed=True):
 
 def avalanche_plugin(parameters: catalog.Avalanche) -> Learner:
     """The plugin that an entry names; the catalog has refused all that do not fit."""
-    return Schedule(parameters) if parameters.plugin == "LRSchedulerPlugin" else Logger(parameters)
+    kinds: dict[str, Callable[[catalog.Avalanche], Learner]] = {
+        "LRSchedulerPlugin": Schedule, "EarlyStoppingPlugin": Stopping, "MIRPlugin": InterferedRetrieval,
+    }  # fmt: skip
+    return kinds.get(parameters.plugin, Logger)(parameters)

@@ -171,27 +171,45 @@ OWN_INSTEAD = {
     "LwFPlugin": 'name = "distill"', "MASPlugin": 'name = "mas"', "ReplayPlugin": 'name = "replay"',
     "SynapticIntelligencePlugin": 'name = "si"',
     "GDumbPlugin": 'name = "replay" with the buffer policy "balanced"',
-    "MIRPlugin": 'name = "replay" with the buffer policy "surprise"',
-    "EarlyStoppingPlugin": "training.early_stop_patience",
 }  # fmt: skip
 """Avalanche's plugins that copy the whole model or assume a classifier, and what does the same here."""
 
 
+MIR_SUBSAMPLE = 32
+"""`MIRPlugin`: candidates of a step unless `subsample` says otherwise; Avalanche's 200 cost more than the step."""
+STREAMS = ("heldout_new", "eval")
+"""`EarlyStoppingPlugin`: what `val_stream_name` may be; the first unless it is given."""
+PARAMETERS: dict[str, set[str] | None] = {
+    "LRSchedulerPlugin": None,
+    "EarlyStoppingPlugin": {"patience", "margin", "val_stream_name"},
+    "MIRPlugin": {"subsample"},
+    **{logger: {"directory"} for logger in LOGGERS},
+}
+"""The plugins that fit and what they take; None: what torch's scheduler takes is for torch to say."""
+
+
 class Avalanche(msgspec.Struct, frozen=True, tag_field="name", tag="avalanche", forbid_unknown_fields=True):
-    """A plugin of Avalanche itself (Lomonaco et al., arXiv:2104.00405), of those that fit: schedulers and loggers."""
+    """A plugin of Avalanche (Lomonaco et al., arXiv:2104.00405), of those that fit or were made to."""
 
     plugin: str = "LRSchedulerPlugin"
-    """`LRSchedulerPlugin`, `TextLogger`, `CSVLogger` or `TensorboardLogger`; one entry for each that is wanted."""
+    """`LRSchedulerPlugin`, `EarlyStoppingPlugin`, `MIRPlugin`, `TextLogger`, `CSVLogger` or `TensorboardLogger`; one
+    entry for each that is wanted."""
     parameters: dict[str, float | int | str | bool] = {}
-    """The plugin's own: `scheduler = "StepLR"` and torch's arguments, `step_granularity`; a logger's `directory`."""
+    """The plugin's own: `scheduler = "StepLR"` and torch's arguments, `step_granularity`; a logger's `directory`;
+    `patience`, `margin` and `val_stream_name` (`heldout_new` or `eval`); MIR's `subsample`."""
 
     def __post_init__(self) -> None:
         if self.plugin in OWN_INSTEAD:
             raise ValueError(f"{self.plugin} does not fit a language model's adapter; use {OWN_INSTEAD[self.plugin]}")
-        if self.plugin not in ("LRSchedulerPlugin", *LOGGERS):
-            raise ValueError(f"no plugin {self.plugin!r}; known: LRSchedulerPlugin, {', '.join(LOGGERS)}")
-        if self.plugin in LOGGERS and set(self.parameters) != {"directory"}:
+        if self.plugin not in PARAMETERS:
+            raise ValueError(f"no plugin {self.plugin!r}; known: {', '.join(PARAMETERS)}")
+        takes = PARAMETERS[self.plugin]
+        if self.plugin in LOGGERS and set(self.parameters) != takes:
             raise ValueError(f"{self.plugin} takes the parameter `directory`, where it writes, and no other")
+        if takes is not None and set(self.parameters) - takes:
+            raise ValueError(f"{self.plugin} takes {', '.join(sorted(takes))}; the buffer and `replay` have the rest")
+        if self.parameters.get("val_stream_name", STREAMS[0]) not in STREAMS:
+            raise ValueError(f"no hold-out {self.parameters['val_stream_name']!r}; known: {', '.join(STREAMS)}")
         if self.plugin == "LRSchedulerPlugin" and self.parameters.get("scheduler", "ExponentialLR") not in SCHEDULERS:
             raise ValueError(f"no scheduler {self.parameters['scheduler']!r}; known: {', '.join(SCHEDULERS)}")
 

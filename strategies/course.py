@@ -12,6 +12,7 @@ import torch
 from buffers.experience import Role
 from strategies import checkpoint, plugins, resume
 from strategies.adapter import Adapter
+from strategies.avalanche_stopping import Stopping
 from strategies.consolidate import search
 from strategies.dataset import Item
 from strategies.early_stop import EarlyStop
@@ -50,6 +51,8 @@ class Course:
             patience=training.early_stop_patience,
             old_rise=training.early_stop_old_loss,
         )
+        self.stopping = next((each for each in self.learners if isinstance(each, Stopping)), None)
+        """Avalanche's early stopping, where it is to decide instead of ours."""
         self._began = self._saved = time.monotonic()
         self._tokens_before = 0
         """Tokens that were trained on before an interruption."""
@@ -109,11 +112,16 @@ class Course:
             raise Interrupted
 
     def _after_epoch(self, loop: Template) -> None:
+        if self.stopping is not None:
+            return
         if reason := self.early.check(self.adapter, loop.position.step / max(loop.steps, 1)):
             loop.stop(reason)
 
     def _before_consolidation(self, loop: Template) -> None:
-        self.early.restore(self.adapter)
+        if self.stopping is not None:
+            self.stopping.restore(loop)
+        else:
+            self.early.restore(self.adapter)
         self.pulse.enter("fisher")
         if self.request.rebase:  # a fresh adapter and its predecessor have nothing in common that could be mixed
             loop.report("rebase", "examples", sum(len(self.items.get(role, ())) for role in ("new", "replay")))

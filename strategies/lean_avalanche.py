@@ -135,6 +135,7 @@ from avalanche.benchmarks.utils.data import AvalancheDataset  # noqa: E402
 from avalanche.core import SupervisedPlugin  # noqa: E402
 from avalanche.evaluation.metric_results import MetricValue  # noqa: E402
 from avalanche.logging.base_logger import BaseLogger  # noqa: E402
+from avalanche.training.plugins.early_stopping import EarlyStoppingPlugin  # noqa: E402
 from avalanche.training.plugins.evaluation import EvaluationPlugin  # noqa: E402
 from avalanche.training.plugins.lr_scheduling import LRSchedulerPlugin  # noqa: E402
 from avalanche.training.templates.common_templates import SupervisedTemplate  # noqa: E402
@@ -144,6 +145,7 @@ __all__ = [
     "BaseLogger",
     "CLStream",
     "DatasetExperience",
+    "EarlyStoppingPlugin",
     "EvaluationPlugin",
     "LRSchedulerPlugin",
     "MetricValue",

@@ -213,6 +213,8 @@ class Template(SupervisedTemplate[Any, Any, Any]):
                 return
             self.epoch = epoch
             self._before_training_epoch(**kwargs)
+            if self._stop_training:
+                return
             self.training_epoch(skip=self.step - self.epoch * per_epoch, **kwargs)
             self._after_training_epoch(**kwargs)
             self.events.after_epoch(self)

@@ -81,8 +81,8 @@ def test_a_logger_that_cannot_write_fails_the_run(tiny_base: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("entry", "reason"),
-    [({"plugin": "EarlyStoppingPlugin"}, "use training.early_stop_patience"), ({"plugin": "EWCPlugin"}, 'name = "ewc"'),
-     ({"plugin": "MIRPlugin"}, "surprise"), ({"plugin": "Nonsense"}, "known: LRSchedulerPlugin, TextLogger"),
+    [({"plugin": "GDumbPlugin"}, "balanced"), ({"plugin": "EWCPlugin"}, 'name = "ewc"'),
+     ({"plugin": "Nonsense"}, "known: LRSchedulerPlugin, EarlyStoppingPlugin, MIRPlugin, TextLogger"),
      ({"plugin": "CSVLogger"}, "directory"), ({"parameters": {"scheduler": "OneCycleLR"}}, "known: ConstantLR")],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_before_anything_is_done(entry: dict[str, object], reason: str) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import subprocess
+import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -115,3 +116,43 @@ class LlamaProcess:
         assert self.process is not None
         self.process.terminate() if gently else self.process.kill()
         self.process.wait(30)
+
+
+class Watched:
+    """A llama-server with slots, started again whenever a slot's file has changed, as a systemd path unit does."""
+
+    def __init__(self, directory: Path, base: Path, slots: int = 3) -> None:
+        self._files = [directory / f"slot-{number}.gguf" for number in range(slots)]
+        scaled = ",".join(f"{file}:0" for file in self._files)
+        letters = ("--logit-bias", "67+100")  # a random model says random bytes, which llama-server refuses to pass on
+        arguments = ("--model", base, "--lora-scaled", scaled, "--ctx-size", 2048, "--parallel", 4, *letters)
+        self.process = LlamaProcess(*arguments)
+        self.url, self.starts = self.process.url, 0
+        self._stop, self._seen = threading.Event(), list[int]()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> "Watched":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(60)
+        if self.starts:
+            self.process.stop()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.05):
+            if not all(file.exists() for file in self._files):
+                continue  # the daemon has not been here yet
+            now = [file.stat().st_mtime_ns for file in self._files]
+            if now != self._seen:
+                self.restart()
+                self._seen = now
+
+    def restart(self) -> None:
+        """Stop if it runs, and start."""
+        if self.starts:
+            self.process.stop()
+        self.process.start()
+        self.starts += 1

@@ -1,7 +1,9 @@
 """A real llama-server: the converted adapter answers as PEFT does, and swaps cut no stream."""
 
+import contextlib
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,13 +13,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gateway_kit import Gateway, running
-from llama_kit import LlamaProcess, binary, write_gguf
+from llama_kit import LlamaProcess, Watched, binary, write_gguf
 from serving_kit import make_adapter, peft_scores
 
 from daemon.config import Engine as Settings
 from daemon.engines.activate import activate
 from daemon.engines.build import build
-from daemon.engines.contract import Engine, EngineRefused, ProbeFailed, Version
+from daemon.engines.contract import Engine, EngineRefused, EngineUnavailable, ProbeFailed, Version
 from daemon.engines.reconcile import Desired, reconcile
 from strategies.request import Canary
 
@@ -191,6 +193,106 @@ def test_swaps_cut_no_stream(
         assert {name for player in players for name in player.answers} == {version.name for version in versions}
         assert len(engine.loaded()) == 3
         engine.close()
+
+
+@pytest.fixture
+def slots(tiny_base: Path, tmp_path: Path) -> Iterator[Watched]:
+    """One process with three slots; its files do not exist before a client has looked at it."""
+    (tmp_path / "slots").mkdir()
+    with Watched(tmp_path / "slots", write_gguf(tiny_base, tmp_path / "base.gguf")) as server:
+        yield server
+
+
+def slots_client(server: Watched, directory: Path, gateway: Path | None = None, seconds: float = 30) -> Engine:
+    """As the configuration makes it; ready."""
+    urls = [f"{server.url}?slots={directory / 'slots'}&base={directory / 'base.gguf'}"]
+    engine = build(Settings(kind="llama_server", urls=urls, timeout_seconds=seconds), gateway)
+    deadline = time.monotonic() + 60
+    while not engine.health().ok:  # the first look writes empty slots, then it starts
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return engine
+
+
+def test_one_process_with_slots_answers_as_peft_does(
+    slots: Watched, tmp_path: Path, versions: list[Version], canaries: dict[str, list[Canary]]
+) -> None:
+    """Base and three versions from one process, whoever was asked before; a fourth takes the oldest one's slot."""
+    engine = slots_client(slots, tmp_path)
+    for version in versions:
+        done = activate(engine, "npc", version, canaries[version.name])
+        assert done.match is not None and done.match.to_reference < TOLERANCE
+    assert [row.name for row in engine.loaded()] == ["npc@0004", "npc@0002", "npc@0003"]
+    starts = slots.starts
+    for name in ("npc@0004", "base", "npc@0003", "base", "npc@0002"):  # the cache of the one before is not used
+        reference = canaries.get(name, canaries["npc@0002"])[0]
+        expected = reference.base_logprobs if name == "base" else reference.logprobs
+        assert engine.probe(name, [reference]).logprobs[0] == pytest.approx(expected, abs=TOLERANCE)
+    slots.process.stop(gently=False)
+    slots.process.start()
+    wish = Desired(alias="npc", version=versions[3], canaries=canaries["npc@0004"], previous=versions[2])
+    assert not reconcile(engine, [wish]).errors and slots.starts == starts
+    assert [row.name for row in engine.loaded()] == ["npc@0004", "npc@0002", "npc@0003"]
+    engine.close()
+
+
+def test_an_alias_moves_between_slots_under_streams(
+    slots: Watched, tmp_path: Path, versions: list[Version], canaries: dict[str, list[Canary]]
+) -> None:
+    """Fifty flips among three versions of one process under four streams: none fails, and each says who answered."""
+    with running(tmp_path) as gateway:
+        engine = slots_client(slots, tmp_path, gateway.admin_socket)
+        for version in versions[:3]:
+            activate(engine, "npc", version, canaries[version.name])
+        players = [Player(gateway) for _ in range(4)]
+        for player in players:
+            player.start()
+        try:
+            for turn in range(50):
+                engine.route("npc", versions[turn % 3].name, "*")
+                time.sleep(0.05)
+        finally:
+            for player in players:
+                player.stop.set()
+            for player in players:
+                player.join(60)
+        assert [fault for player in players for fault in player.faults] == []
+        assert {name for player in players for name in player.answers} == {version.name for version in versions[:3]}
+        answered = gateway.admin("POST", "/v1/completions", {"model": "npc", "prompt": "FGHI", "max_tokens": 2})
+        assert answered.headers["x-adapter-version"] == versions[49 % 3].name
+        engine.close()
+
+
+def test_a_server_that_nobody_starts_again_is_unavailable(
+    tiny_base: Path, tmp_path: Path, versions: list[Version]
+) -> None:
+    """The version waits in its slot, and the message says for what; slots in another order are refused."""
+    (tmp_path / "slots").mkdir()
+    base = write_gguf(tiny_base, tmp_path / "base.gguf")
+    server = Watched(tmp_path / "slots", base)
+    with contextlib.ExitStack() as stack:
+        engine = build(Settings(
+            kind="llama_server", timeout_seconds=1, urls=[f"{server.url}?slots={tmp_path / 'slots'}&base={base}"]
+        ))  # fmt: skip
+        stack.callback(engine.close)
+        assert not engine.health().ok and (tmp_path / "slots" / "slot-2.gguf").exists()
+        server.process.start()
+        stack.callback(server.process.stop)
+        for _ in range(2):
+            with pytest.raises(EngineUnavailable, match="npc@0001 lies in its slot: start llama-server again"):
+                engine.load(versions[0])
+        assert engine.loaded() == []
+        with pytest.raises(EngineRefused, match="no slot of llama-server holds npc@0001"):
+            engine.probe("npc@0001", [])
+        server.process.stop()
+        server.process.start()
+        assert [row.name for row in engine.loaded()] == ["npc@0001"]
+        fewer = build(Settings(
+            kind="llama_server", slots=2, urls=[f"{server.url}?slots={tmp_path / 'slots'}&base={base}"]
+        ))  # fmt: skip
+        stack.callback(fewer.close)
+        with pytest.raises(EngineRefused, match="start it with --lora-scaled"):
+            fewer.loaded()
 
 
 @pytest.mark.slow

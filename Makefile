@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gateway test-distributed check bench bench-forgetting bench-poison soak bench-resident test-llama-server test-vllm wheel-check clean
+.PHONY: help install demo test test-slow test-gateway test-distributed check bench bench-forgetting bench-poison soak bench-controls bench-resident test-llama-server test-vllm wheel-check clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -98,6 +98,9 @@ soak: install ## two hours of feedback and updates: memory, descriptors, missed 
 bench-twelve: install ## twelve small updates in a row: what is kept, and whether time, memory or disk grow
 	$(BIN)/python -m bench.forgetting --title twelve --lore 12,10 --strategies default --learning-rate 1e-3 \
 	  --presentations 320 --heldout 0.1 --test-rows 15
+
+bench-controls: install ## what each control against overfitting does: one small update of invented facts
+	$(BIN)/python -m bench.controls
 
 bench-resident: install ## the idle daemon over a million examples: READY, CPU, memory
 	$(BIN)/python -m bench.resident

@@ -9,7 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,6 +51,9 @@ class Setting:
     heldout_fraction: float = 0.0
     """Share of an update's rows that its trainer evaluates on, as under the daemon, instead of learning them."""
     buffer: Buffer = field(default_factory=Buffer)
+    dropout: float = Lora().dropout
+    training: Mapping[str, float] = field(default_factory=dict)
+    """Keys of `[models.NAME.training]` that this bench sets otherwise."""
     probes: tuple[str, ...] = ()
     """General text for drift: neither trained on nor rehearsed."""
 
@@ -88,9 +91,11 @@ def version(directory: Path, number: int) -> Path:
 
 def model_of(setting: Setting, task: Task, recipe: list[Strategy], seed: int) -> Model:
     """The configuration under which a task is learned."""
+    training = {"learning_rate": setting.learning_rate, "epochs": setting.epochs(task), "early_stop_patience": 0}
     return Model(
-        base_path=setting.base, engine="none", lora=Lora(rank=setting.rank, alpha=2.0 * setting.rank),
-        training=Training(learning_rate=setting.learning_rate, epochs=setting.epochs(task), early_stop_patience=0),
+        base_path=setting.base, engine="none",
+        lora=Lora(rank=setting.rank, alpha=2.0 * setting.rank, dropout=setting.dropout),
+        training=msgspec.convert({**training, **setting.training}, Training),
         strategy=recipe, buffer=setting.buffer, general_directory=setting.anchors, threads=setting.threads, seed=seed,
         canary_prompts=[],
     )  # fmt: skip

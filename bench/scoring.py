@@ -27,7 +27,9 @@ class TaskRow:
 
     @property
     def example(self) -> Example:
-        """What is trained on: the prompt as it stands, loss on the completion."""
+        """What is trained on: the prompt as it stands, loss on the completion; without a prompt a text."""
+        if not self.prompt:
+            return Example(shape="text", completion=self.completion)
         return Example(shape="demonstration", prompt=self.prompt, completion=self.completion)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from buffers.policy import Buffer
-from daemon import config, tuning_rules
+from daemon import config, recipe, tuning_rules
 from daemon.notify.settings import EVENTS, Notify
 from daemon.rollout import Rollout
 from daemon.trust.metric import Metric
@@ -146,17 +146,18 @@ GIVEN_TABLES = (config.Config, config.Engine, config.Model, config.Web)
 
 
 def commented(model: str, base: Path) -> str:
-    """A configuration that works once `base` holds a model: required keys are set, the rest is commented out."""
+    """A configuration that works once `base` holds a model: required keys and those of the recipe are set."""
     given = {
         "library_directory": "library", "state_directory": "state", "base_path": str(base), "engine": "local",
         "urls": ["http://127.0.0.1:8900"], "listen": "127.0.0.1:8787",
     }  # fmt: skip
+    given_in = dict.fromkeys(GIVEN_TABLES, given) | {Training: recipe.pace_for(base)._asdict()}
     lines = ["# eternad: relative paths are relative to this file. `eternad check-config` checks it.", ""]
     for name, table in TABLES:
         if name in ("trust.sources.NAME", "metrics.NAME"):
             continue  # which sources and metrics there are, only the operator knows
         header = name.replace("engines.NAME", "engines.local").replace("models.NAME", f"models.{model}")
-        lines += _table_lines(header, table, given if table in GIVEN_TABLES else {})
+        lines += _table_lines(header, table, given_in.get(table, {}))
     for name, strategy in BY_NAME.items():
         lines += _strategy_lines(model, name, strategy)
     return "\n".join(lines).rstrip() + "\n"
@@ -179,8 +180,8 @@ def _assignment(key: Key, given: dict[str, Any]) -> str:
 
 
 def _strategy_lines(model: str, name: str, strategy: type) -> list[str]:
-    """`replay` is switched on: without rehearsal a model forgets; the others wait for somebody who wants them."""
-    off = "" if name == "replay" else "# "
+    """The recipe is switched on: without rehearsal a model forgets; the others wait for somebody who wants them."""
+    off = "" if name in recipe.RECIPE else "# "
     lines = [*_comment(_doc(strategy)), f"{off}[[models.{model}.strategy]]", f'{off}name = "{name}"']
     for key in keys_of(strategy):
         lines += [*_comment(key.meaning), f"# {key.name} = {key.default}"]

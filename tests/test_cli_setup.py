@@ -27,11 +27,28 @@ def test_init_writes_a_configuration_that_checks(eternad: Eternad, tmp_path: Pat
     assert "eternad check-config --config new.toml" in text
     loaded = load(tmp_path / "new.toml")
     assert list(loaded.models) == ["director"]
-    assert [type(each).__name__ for each in loaded.models["director"].strategy] == ["Replay"]
-    assert "director (replay on local)" in eternad("check-config", "-c", "new.toml")
+    assert [type(each).__name__ for each in loaded.models["director"].strategy] == ["Replay", "Distill"]
+    assert "director (replay+distill on local)" in eternad("check-config", "-c", "new.toml")
     assert json.loads(eternad("check-config", "-c", "new.toml", "--json"))["state_directory"] == str(tmp_path / "state")
     assert "exists: give another path" in eternad("init", "new.toml", code=FAILED)
     assert "must match" in eternad("init", "newer.toml", "--model", "A b", code=USAGE)
+
+
+@pytest.mark.parametrize(("width", "pace"), [(8, (1e-3, 4)), (30_000, (1e-4, 3)), (None, (1e-3, 4))])
+def test_the_first_configuration_is_gentler_to_large_models(
+    eternad: Eternad, tmp_path: Path, width: int | None, pace: tuple[float, int]
+) -> None:
+    """By the header of the weights, which need not be read; files that are none are no reason to fail."""
+    (tmp_path / "own").mkdir()
+    header = json.dumps(
+        {"__metadata__": {}, "a": {"shape": [width, width]}, "b": {"shape": [2, width, width]}}
+    ).encode()
+    body = len(header).to_bytes(8, "little") + header if width else b"version https://git-lfs"
+    (tmp_path / "own" / "model.safetensors").write_bytes(body)
+    eternad("init", "sized.toml", "--base", "own")
+    (tmp_path / "own" / "config.json").write_text("{}")
+    training = load(tmp_path / "sized.toml").models["npc"].training
+    assert (training.learning_rate, training.epochs) == pace
 
 
 def test_serve_starts_an_engine_as_the_configuration_says(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from strategies.adapter import Adapter
 from strategies.dataset import Item
-from strategies.forward import completion_logprobs, divergences, states, token_losses
+from strategies.forward import completion_logprobs, divergences, learn_losses, states, token_losses
 from strategies.preference import BETA, judged_losses
 from strategies.request import Evaluation, Measure, Shift
 
@@ -82,12 +82,16 @@ def has_token_loss(item: Item) -> bool:
 
 
 def standing(adapter: Adapter, probes: Probes) -> Standing:
-    """What the adapter's present weights say about the probes."""
-    return Standing(score(adapter, probes), states(adapter, probes.drifting()))
+    """What the adapter's present weights say about the probes: one pass for the losses and the states of a text."""
+    items = probes.drifting()
+    known = states(adapter, items)
+    learn_losses(adapter, items, known)
+    return Standing(score(adapter, probes), known)
 
 
 def score(adapter: Adapter, probes: Probes) -> Scores:
     """Losses, judgements and rankings under the adapter's present weights."""
+    token_losses(adapter, [item for items in probes.groups().values() for item in items])  # all of them in few passes
     losses = {name: token_losses(adapter, items).tolist() for name, items in probes.groups().items()}
     groups = probes.judgements()
     found = completion_logprobs(adapter, [item for items in groups.values() for item in items])
@@ -134,21 +138,20 @@ def shift(base: Sequence[float], before: Sequence[float], after: Sequence[float]
 
 
 def evaluation(
-    adapter: Adapter, probes: Probes, base: Standing, before: Standing, seed: int, after: Scores | None = None,
+    adapter: Adapter, probes: Probes, base: Standing, before: Standing, after: Standing, seed: int, floor: float,
     beta: float = BETA,
 ) -> Evaluation:  # fmt: skip
     """Compare the adapter's present weights with the base and with the weights that the run started from.
 
-    `after`: the scores of the present weights, where they are known already; `beta`: of the preference losses.
+    `floor`: see `noise`; `beta`: of the preference losses.
     """
-    after = after or score(adapter, probes)
     shifts = {
         name: found
-        for name, losses in after.losses.items()
+        for name, losses in after.scores.losses.items()
         if (found := shift(base.scores.losses[name], before.scores.losses[name], losses, seed)) is not None
     }
-    ranked = {"base": base.scores.ranked_right, "before": before.scores.ranked_right, "after": after.ranked_right}
-    drift_base, drift_previous = _drift(adapter, probes.drifting(), base, before, seed)
+    ranked = {"base": base.scores.ranked_right, "before": before.scores.ranked_right, "after": after.scores.ranked_right}
+    drift_base, drift_previous = _drift(adapter, probes.drifting(), base, before, after, seed)
     return Evaluation(
         new=shifts.get("new"),
         old={name: found for name, found in shifts.items() if name not in ("new", "eval", "general")},
@@ -157,8 +160,8 @@ def evaluation(
         drift_base=drift_base,
         drift_previous=drift_previous,
         preference={name: share for name, share in ranked.items() if share is not None},
-        preference_losses=_judged(probes, base.scores, before.scores, after, seed, beta),
-        noise=noise(adapter, probes, after),
+        preference_losses=_judged(probes, base.scores, before.scores, after.scores, seed, beta),
+        noise=floor,
     )
 
 
@@ -176,11 +179,11 @@ def _judged(
 
 
 def _drift(
-    adapter: Adapter, items: Sequence[Item], base: Standing, before: Standing, seed: int
+    adapter: Adapter, items: Sequence[Item], base: Standing, before: Standing, after: Standing, seed: int
 ) -> tuple[Measure, Measure] | tuple[None, None]:
     if not items:
         return None, None
-    now = states(adapter, items)
-    from_base = measure(divergences(adapter, items, base.states, now), seed)
-    # a first update starts from the base: both are one
-    return from_base, from_base if before is base else measure(divergences(adapter, items, before.states, now), seed)
+    from_base = measure(divergences(adapter, items, base.states, after.states), seed)
+    if before is base:  # a first update starts from the base: both are one
+        return from_base, from_base
+    return from_base, measure(divergences(adapter, items, before.states, after.states), seed)

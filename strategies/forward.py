@@ -114,6 +114,22 @@ def states(adapter: Adapter, items: Sequence[Item], tokens: int = FORWARD_TOKENS
 
 
 @torch.no_grad()
+def learn_losses(adapter: Adapter, items: Sequence[Item], known: Mapping[Item, Tensor]) -> None:
+    """Remember the losses that follow from label states which are there anyway: no pass for them any more.
+
+    `known`: of all `items`, or of this process's part of them.
+    """
+    losses = torch.zeros(len(items), dtype=torch.float64)
+    here = [place for place, item in enumerate(items) if item in known and item.label_tokens]
+    if here:
+        hidden = torch.cat([known[items[place]] for place in here])
+        targets = torch.tensor([token for place in here for token in items[place].tokens[items[place].start :]])
+        rows = row_losses(hidden, adapter.head, targets.to(hidden.device)).double().cpu()
+        losses[here] = torch.stack([part.mean() for part in rows.split([items[place].label_tokens for place in here])])
+    adapter.losses.update(zip(items, adapter.backend.sum(losses).tolist(), strict=True))
+
+
+@torch.no_grad()
 def divergences(
     adapter: Adapter, items: Sequence[Item], teacher: Mapping[Item, Tensor], own: Mapping[Item, Tensor]
 ) -> Tensor:

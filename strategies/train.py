@@ -35,7 +35,7 @@ from strategies.course import train
 from strategies.dataset import Item, tokenise
 from strategies.derive import add_derived, derived_sha256
 from strategies.distill import anchored
-from strategies.evaluate import Probes, Standing, evaluation, has_token_loss, score, standing
+from strategies.evaluate import Probes, Standing, evaluation, has_token_loss, noise, standing
 from strategies.failure import Failure
 from strategies.forward import token_losses
 from strategies.general import add_general
@@ -48,6 +48,7 @@ from strategies.history import (
     write_history,
 )
 from strategies.mix import per_epoch
+from strategies.parallel.choice import four_bit_refusal
 from strategies.parallel.contract import Backend
 from strategies.parallel.ddp import ProcessLost, is_process_lost
 from strategies.parallel.opening import open_backend
@@ -86,12 +87,14 @@ def update(run_directory: Path, request: RunRequest, pulse: Pulse, backend: Back
         base = standing(adapter, probes)
     # a fresh adapter answers like the base: B = 0
     before = base if request.parent_version is None else standing(adapter, probes)
+    # how far the cut of the passes moves a mean: asked here, where nobody waits for a verdict yet
+    floor = noise(adapter, probes, before.scores)
 
     pulse.enter("train")
     template = train(run_directory, request, adapter, items, probes, pulse, fresh if request.rebase else None)
 
     pulse.enter("evaluate")
-    judged, known = examine(run_directory, request, adapter, probes, base, before)
+    judged, known = examine(run_directory, request, adapter, probes, (base, before), floor)
     answers = canaries(adapter, request.canary_prompts)
     losses = example_losses(run_directory, adapter, items) if request.report_losses else []
 
@@ -174,15 +177,23 @@ def example_tokens(run_directory: Path, items: dict[Role, list[Item]]) -> list[t
 
 
 def examine(
-    run_directory: Path, request: RunRequest, adapter: Adapter, probes: Probes, base: Standing, before: Standing
+    run_directory: Path,
+    request: RunRequest,
+    adapter: Adapter,
+    probes: Probes,
+    earlier: tuple[Standing, Standing],
+    floor: float,
 ) -> tuple[Evaluation, History]:
-    """What the gate judges, with what all updates so far have done to each other; and the history to go on from."""
+    """What the gate judges, with what all updates so far have done to each other; and the history to go on from.
+
+    `earlier`: the standing of the base and of the version before.
+    """
     ids = [row.id for row in experience.read(run_directory / "experience.jsonl")]
-    after, history = score(adapter, probes), read_history(request.parent_version)
-    now, of_base, of_before = (losses_by_row(probes, each, ids) for each in (after, base.scores, before.scores))
+    (base, before), after, history = earlier, standing(adapter, probes), read_history(request.parent_version)
+    now, of_base, of_before = (losses_by_row(probes, each.scores, ids) for each in (after, base, before))
     found = sequence_metrics(history, now, of_base, of_before, request.update_number, request.seed)
     judged = evaluation(
-        adapter, probes, base, before, request.seed, after, request.training.preference_beta
+        adapter, probes, base, before, after, request.seed, floor, request.training.preference_beta
     )  # fmt: skip
     return msgspec.structs.replace(judged, sequence=found), after_update(history, request.update_number, now)
 

@@ -44,7 +44,7 @@ def test_a_candidate_is_compared_with_the_base_and_with_its_parent(adapter: Adap
     with adapter.disabled():
         base = standing(adapter, probes)
     adapter.assign(previous * 1.5)
-    found = evaluation(adapter, probes, base, before, seed=0)
+    found = evaluation(adapter, probes, base, before, standing(adapter, probes), seed=0, floor=0.01)
     assert found.new is not None and found.eval is not None and set(found.old) == {"1", "2"}
     expected = token_losses(adapter, probes.new) - torch.tensor(before.scores.losses["new"], dtype=torch.float64)
     assert found.new.change.mean == pytest.approx(float(expected.mean()))
@@ -54,6 +54,24 @@ def test_a_candidate_is_compared_with_the_base_and_with_its_parent(adapter: Adap
     assert found.drift_previous is not None and 0 < found.drift_previous.mean < found.drift_base.mean
     kept = divergence(adapter, probes.drifting(), adapter.holding(previous))
     assert found.drift_previous.mean == pytest.approx(float(kept.mean()), rel=1e-6)
+
+
+def test_losses_come_from_states_that_are_there_anyway(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """General text goes through the model once for both: its losses are those of a pass of their own."""
+    probes = Probes(make_items(3), {}, [], make_items(5, "probe", 4, shape="text", start=1))
+    expected = token_losses(adapter, probes.general)
+    adapter.refresh()
+    passed: list[int] = []
+    whole = Adapter.hidden
+
+    def counted(self: Adapter, tokens: torch.Tensor, lengths: Any = None) -> torch.Tensor:
+        passed.append(len(tokens))
+        return whole(self, tokens, lengths)
+
+    monkeypatch.setattr(Adapter, "hidden", counted)
+    found = standing(adapter, probes)
+    assert sum(passed) == 3 + 5
+    assert found.scores.losses["general"] == pytest.approx(expected.tolist(), abs=1e-6)
 
 
 def test_a_loss_is_computed_once_for_each_set_of_weights(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +100,7 @@ def test_unchanged_weights_show_no_change(adapter: Adapter) -> None:
     """Evaluating the parent against itself gives zero change and zero drift from it."""
     probes = Probes(make_items(5), {}, [], general=make_items(3, "general", 5))
     before = standing(adapter, probes)
-    found = evaluation(adapter, probes, before, before, seed=0)
+    found = evaluation(adapter, probes, before, before, standing(adapter, probes), seed=0, floor=0.0)
     assert found.new is not None and found.new.change.mean == 0.0
     assert found.drift_previous is not None and found.drift_previous.mean == pytest.approx(0.0, abs=1e-7)
     assert found.drift_previous.examples == 3
@@ -93,7 +111,7 @@ def test_nothing_held_out_gives_an_empty_evaluation(adapter: Adapter) -> None:
     """Without hold-outs there is nothing to say, and nothing fails."""
     probes = Probes([], {}, [])
     nothing = standing(adapter, probes)
-    found = evaluation(adapter, probes, nothing, nothing, seed=0)
+    found = evaluation(adapter, probes, nothing, nothing, nothing, seed=0, floor=0.0)
     assert (found.new, found.drift_base, found.noise) == (None, None, 0.0)
 
 
@@ -135,7 +153,7 @@ def test_held_out_preferences_are_compared_like_losses(adapter: Adapter) -> None
         reference = completion_logprobs(adapter, probes.new)
     before = standing(adapter, probes)
     adapter.assign(adapter.flat * 1.5)
-    found = evaluation(adapter, probes, base, before, seed=0, beta=0.3)
+    found = evaluation(adapter, probes, base, before, standing(adapter, probes), seed=0, floor=0.0, beta=0.3)
     assert set(found.preference_losses) == {"new", "7"} and found.new is None and found.eval is not None
     now = completion_logprobs(adapter, probes.new)
     policy, known = (torch.stack([each[item] for item in probes.new]).double() for each in (now, reference))
@@ -152,7 +170,7 @@ def test_a_first_update_has_drifted_from_the_base_alone(adapter: Adapter) -> Non
     probes = Probes([], {1: make_items(3)}, [])
     with adapter.disabled():
         base = standing(adapter, probes)
-    found = evaluation(adapter, probes, base, base, seed=0)
+    found = evaluation(adapter, probes, base, base, standing(adapter, probes), seed=0, floor=0.0)
     assert found.drift_base is not None and found.drift_base.mean > 0
     assert found.drift_base is found.drift_previous
 

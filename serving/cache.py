@@ -75,9 +75,12 @@ class Rows:
         self.capacity = 0
         self._device = like.device
 
-    def point(self, rows: slice, positions: torch.Tensor) -> torch.Tensor:
-        """Aim the next forward pass at `positions` (rows, tokens); the mask: (rows, 1, tokens, keys), True = seen."""
-        length = int(positions.max()) + 1
+    def point(self, rows: slice, positions: torch.Tensor, length: int) -> torch.Tensor:
+        """Aim the next forward pass at `positions` (rows, tokens); the mask: (rows, 1, tokens, keys), True = seen.
+
+        `length`: tokens of the longest row after it, one more than the last position. Taken from the caller, since
+        reading it from `positions` would wait for a GPU at every step.
+        """
         if length > self.capacity:
             self.capacity = -(-length // GROWTH_TOKENS) * GROWTH_TOKENS
             for layer in self.layers:

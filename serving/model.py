@@ -53,17 +53,20 @@ class ServedModel:
         """Read a part of a prompt, from position `start`; logits (tokens or 1, vocabulary) in float32."""
         positions = torch.arange(start, start + len(tokens), device=self.device)[None]
         row = self.cache.reading
-        return self._forward([tokens], slice(row, row + 1), positions, [slot], keep=0 if every else 1)[0]
+        return self._forward([tokens], slice(row, row + 1), positions, start + len(tokens), [slot], 0 if every else 1)[
+            0
+        ]
 
     def decode(self, tokens: list[int], positions: list[int], slots: list[int]) -> torch.Tensor:
         """One step for rows 0..n-1: their last token, its position, their slot; logits (n, vocabulary) in float32."""
         at = torch.tensor(positions, device=self.device)[:, None]
-        return self._forward([[token] for token in tokens], slice(0, len(tokens)), at, slots, keep=1)[:, 0]
+        rows = slice(0, len(tokens))
+        return self._forward([[token] for token in tokens], rows, at, max(positions) + 1, slots, 1)[:, 0]
 
     def _forward(
-        self, tokens: list[list[int]], rows: slice, positions: torch.Tensor, slots: list[int], *, keep: int
+        self, tokens: list[list[int]], rows: slice, positions: torch.Tensor, length: int, slots: list[int], keep: int
     ) -> torch.Tensor:
-        mask = self.cache.point(rows, positions)
+        mask = self.cache.point(rows, positions, length)
         self.bank.selection.choose(slots)
         output = self.model(
             input_ids=torch.tensor(tokens, device=self.device), attention_mask=mask, position_ids=positions,

@@ -10,11 +10,12 @@ from serving.sampling import Sampling
 
 MAX_ALTERNATIVES = 20
 # would change the answer and are not implemented: better refused than silently ignored
-UNSUPPORTED = ("tools", "functions", "suffix", "logit_bias", "presence_penalty", "frequency_penalty", "top_k", "min_p",
+UNSUPPORTED = ("tools", "functions", "suffix", "logit_bias", "presence_penalty", "frequency_penalty", "min_p",
                "guided_json", "structured_outputs")  # fmt: skip
 
 Temperature = Annotated[float, msgspec.Meta(ge=0, le=2)]
 TopP = Annotated[float, msgspec.Meta(gt=0, le=1)]
+TopK = Annotated[int, msgspec.Meta(ge=-1)]
 Alternatives = Annotated[int, msgspec.Meta(ge=0, le=MAX_ALTERNATIVES)]
 Seed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 Tokens = Annotated[int, msgspec.Meta(ge=0)]
@@ -31,6 +32,8 @@ class _Common(msgspec.Struct, kw_only=True):
     max_tokens: Tokens | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
+    top_k: TopK | None = None
+    """Of vLLM: only so many of the most likely tokens; 0 and -1: all."""
     n: int | None = None
     best_of: int | None = None
     seed: Seed | None = None
@@ -168,6 +171,7 @@ def _sampling(body: _Common, max_tokens: int, logprobs: int | None, prompt_logpr
         max_tokens=max_tokens,
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=max(body.top_k or 0, 0),
         seed=body.seed,
         stop=tuple(text for text in stop if text),
         logprobs=logprobs,

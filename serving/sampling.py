@@ -14,6 +14,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     """0: the most likely token."""
     top_p: float = 1.0
     """Nucleus sampling (Holtzman et al., arXiv:1904.09751)."""
+    top_k: int = 0
+    """Only so many of the most likely tokens, before `top_p` (Fan et al., arXiv:1805.04833); 0: all."""
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
@@ -34,6 +36,8 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator 
     """The next token from logits (vocabulary,)."""
     if sampling.temperature == 0:
         return int(logits.argmax())
+    if 0 < sampling.top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], -torch.inf)
     probabilities = torch.softmax(logits / sampling.temperature, -1)
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(descending=True)

@@ -160,7 +160,7 @@ def shell_lines(path: Path) -> list[str]:
     return [line for line in lines if re.match(r"(\S*/)?eternad ", line)]
 
 
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

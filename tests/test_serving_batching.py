@@ -10,10 +10,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from serving_kit import make_adapter
 
+from serving.artifact import stage
 from serving.engine import Engine, Options
+from serving.model import ServedModel
 from serving.refusal import Refusal
 from serving.sampling import Sampling, Transcript, choose
 from serving.scheduler import CHUNK_TOKENS, Generation, Piece
+from serving.slots import BASE
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +164,7 @@ def test_nan_logits_fail_only_their_request(engine: Engine, monkeypatch: pytest.
 
 
 def test_sampling_by_nucleus_and_seed() -> None:
-    """top_p keeps the smallest set that reaches p; the same seed draws the same tokens."""
+    """top_p keeps the smallest set that reaches p, top_k so many tokens; the same seed draws the same tokens."""
     import torch
 
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
@@ -173,7 +176,32 @@ def test_sampling_by_nucleus_and_seed() -> None:
 
     assert set(draws(1)) == {0, 1}
     assert draws(1) == draws(1) != draws(2)
+    sampling = Sampling(max_tokens=1, top_k=3)
+    assert set(draws(1)) == {0, 1, 2}
+    sampling = Sampling(max_tokens=1, top_k=3, top_p=0.4)  # top_k first: 0.5 / 0.95 alone reaches it
+    assert set(draws(1)) == {0}
     assert choose(logits, Sampling(max_tokens=1, temperature=0), None) == 0
+
+
+def test_every_tensor_of_a_step_lies_where_the_model_does(tiny_base: Path, tmp_path: Path) -> None:
+    """Device `meta` has no numbers, but refuses tensors of another device: what a GPU refuses is found without one.
+
+    Prompts, decoding with mixed adapters, growth and moves of the cache, a commit.
+    """
+    model = ServedModel(tiny_base, slots=3, max_rank=16, rows=4, context=512, dtype="float32", device="meta")
+    assert {each.device.type for each in [*model.model.parameters(), *model.model.buffers()]} == {"meta"}
+    largest = model.bank.slot_bytes + (1 << 20)
+    make_adapter(tiny_base, tmp_path / "v1", seed=1)
+    staged = stage(tmp_path, "v1", 16, largest, model.bank.prepare)
+    model.bank.commit(1, staged.tensors)
+    for slot in (BASE, 1):
+        assert model.read([5] * 300, 0, slot, every=True).shape == (300, model.vocabulary)
+    model.cache.move(model.cache.reading, 2, 300)
+    model.cache.clear(model.cache.reading, 300)
+    logits = model.decode([4, 5, 6], [7, 300, 9], [BASE, 1, 2])
+    assert logits.shape == (3, model.vocabulary) and logits.device.type == "meta"
+    assert {layer.keys.device.type for layer in model.cache.layers} == {"meta"}
+    model.cache.reset()
 
 
 class Letters:

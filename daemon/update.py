@@ -102,6 +102,7 @@ class Trainer:
         self._last: Progress | None = None
         self._seen_at = time.monotonic()
         self._asked_to_stop = False
+        self._memory_kills = 0  # of the whole machine, when the child was started
 
     def prepare(self, request: RunRequest) -> None:
         """`request.json` in place: the run keeps the configuration that it began with."""
@@ -116,6 +117,7 @@ class Trainer:
         if lock is None:
             return
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
+        self._memory_kills = memory_kills()
         try:
             with (self.run_directory / "train.log").open("ab") as log:
                 self._process = subprocess.Popen(
@@ -154,11 +156,16 @@ class Trainer:
             return Finished(outcome="trained", report=report)
         if report is not None:
             return Finished(outcome="failed", code=report.code, reason=report.reason, report=report)
+        return self._without_report(status)
+
+    def _without_report(self, status: int | None) -> Finished:
         # before its handler is in place, SIGTERM simply ends it: there was nothing to checkpoint yet
         # a launcher of several processes has exit codes of its own
         is_launcher = status not in (0, None) and command_of(self.run_directory)[:-1] != COMMAND
         if status == EXIT_INTERRUPTED or (self._asked_to_stop and (status == -signal.SIGTERM or is_launcher)):
             return Finished(outcome="interrupted")
+        if (status == -signal.SIGKILL or is_launcher) and memory_kills() > self._memory_kills:
+            return Finished(outcome="died", code="oom", reason="the kernel ended the trainer: memory had run out")
         how = "was gone when the daemon came back" if status is None else _describe(status)
         return Finished(outcome="died", code="died", reason=f"the trainer {how}; {tail(self.run_directory)}")
 
@@ -208,6 +215,21 @@ def clear(run_directory: Path) -> None:
         (run_directory / name).unlink(missing_ok=True)
     for name in ("adapter", "strategy", "checkpoint"):
         shutil.rmtree(run_directory / name, ignore_errors=True)
+
+
+def memory_kills() -> int:
+    """Processes that the kernel has ended for want of memory since the machine started (`oom_kill`, proc_vmstat(5))."""
+    counters = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    return int(counters.get("oom_kill", 0))
+
+
+def use_less_memory(run_directory: Path) -> None:
+    """Start over with half the tokens in a forward pass and the same steps: a checkpoint was cut differently."""
+    request = read_request(run_directory)
+    tokens = max(request.training.micro_batch_tokens // 2, 1)
+    training = msgspec.structs.replace(request.training, micro_batch_tokens=tokens)
+    clear(run_directory)
+    write(run_directory / "request.json", msgspec.structs.replace(request, training=training))
 
 
 def command_of(run_directory: Path) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from buffers import experience, journal
-from daemon import failpoint, gate, publish, update
+from daemon import failpoint, gate, publish, review, update
 from daemon.engines.contract import EngineRefused, EngineUnavailable
 from daemon.rollout import Stage
 from daemon.service.house import House, log
@@ -75,9 +75,12 @@ class Updates:
         limit = self._house.model(model).schedule.examples_max
         failpoint.reach("PENDING:before")
         with transaction(self._house.database) as connection:
+            held = review.hold_associations(connection, self._house.config.trust, model)
             parent, share = None if live is None else live.number, share_of(self._house.config.trust)
             run = runs.create(connection, model, trigger, parent, limit, share)
         failpoint.reach("PENDING:after")
+        if held:
+            log.warning("%d records of %s look like a backdoor and wait for review: eternad review ls", held, model)
         if run is not None:
             log.info("run %s begins (%s)", run.id, trigger)
         return run
@@ -169,10 +172,12 @@ class Updates:
         return self._fail(run, finished.code, finished.reason)
 
     def _again(self, run: Run, code: str, reason: str) -> Run | None:
-        """Another attempt from the last checkpoint, until they are used up."""
+        """Another attempt from the last checkpoint, or one that needs less memory, until they are used up."""
         self._trainers.pop(run.id, None)
         if run.attempts + 1 >= self._house.config.run_attempts_max:
             return self._fail(run, code, f"{reason} (attempt {run.attempts + 1})")
+        if code == "oom":
+            update.use_less_memory(self.directory(run))
         log.warning("run %s: %s; trying again", run.id, reason)
         with transaction(self._house.database) as connection:
             return runs.move(connection, run, "PENDING", reason, pid=None, attempts=run.attempts + 1)

@@ -65,13 +65,18 @@ def main(arguments: list[str] | None = None) -> int:
     adapter = load_adapter(setting.base, Lora(rank=setting.rank, alpha=2.0 * setting.rank))
     if not setting.probes:
         setting = replace(setting, probes=own_words(setting, adapter))
-    cells = []
-    for seed in given.seeds:
+    cells: list[Cell] = []
+    for name, seed in [(name, seed) for seed in given.seeds for name in given.strategies]:
         sequence = [setting.limited(task) for task in tasks_of(given, seed)]
-        for name in given.strategies:
-            cells.append(cell(setting, adapter, sequence, name, recipes[name], seed))
-            print(cells[-1].summary(), flush=True)
-    write_report(cells, given.title, given.docs)
+        wanted = cell_of(setting, sequence, name, recipes[name], seed)
+        known = finished(setting, wanted)
+        if known is None and given.report:
+            continue
+        cells.append(known or cell(setting, adapter, sequence, recipes[name], wanted))
+        print(cells[-1].summary(), flush=True)
+    if not cells:
+        raise SystemExit("no cell of these strategies and seeds is finished in this setting")
+    write_report(sorted(cells, key=lambda each: given.strategies.index(each.strategy)), given.title, given.docs)
     return 0
 
 
@@ -96,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--presentations", type=int, default=960, help="rows that an update of facts shows [960]")
     parser.add_argument("--heldout", type=float, default=0.0, help="share of the rows that trainers evaluate on [0]")
     parser.add_argument("--buffer", type=int, default=2000, help="places of the replay buffer [2000]")
+    parser.add_argument("--report", action="store_true", help="train nothing: the page over the cells that are there")
     parser.add_argument("--quick", action="store_true", help="two small tasks of lore: a smoke, not a measurement")
     return parser
 
@@ -150,19 +156,26 @@ def tasks_of(given: argparse.Namespace, seed: int) -> list[Task]:
     return [read_task(given.tasks, name) for name in names]
 
 
-def cell(
-    setting: Setting, adapter: Adapter, sequence: list[Task], name: str, recipe: list[Strategy], seed: int
-) -> Cell:
-    """One sequence with one strategy; taken from disk when it was finished before in the same setting."""
-    directory = setting.work / f"{name}-seed{seed}"
-    wanted = Cell(
+def cell_of(setting: Setting, sequence: list[Task], name: str, recipe: list[Strategy], seed: int) -> Cell:
+    """A cell that has yet to be measured."""
+    return Cell(
         strategy=name, seed=seed, tasks=[task.name for task in sequence], recipe=[repr(each) for each in recipe],
         learning_rate=setting.learning_rate,
     )  # fmt: skip
-    if (directory / "cell.json").exists():
-        found = msgspec.json.decode((directory / "cell.json").read_bytes(), type=Cell)
-        if found.is_same_setting(wanted):
-            return found
+
+
+def finished(setting: Setting, wanted: Cell) -> Cell | None:
+    """The cell as it was measured before in the same setting; None where it was not."""
+    file = setting.work / f"{wanted.strategy}-seed{wanted.seed}" / "cell.json"
+    if not file.exists():
+        return None
+    found = msgspec.json.decode(file.read_bytes(), type=Cell)
+    return found if found.is_same_setting(wanted) else None
+
+
+def cell(setting: Setting, adapter: Adapter, sequence: list[Task], recipe: list[Strategy], wanted: Cell) -> Cell:
+    """Measure one sequence with one strategy, and keep what was found."""
+    directory = setting.work / f"{wanted.strategy}-seed{wanted.seed}"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     measured = measure(setting, adapter, sequence, directory, recipe, wanted)

@@ -99,13 +99,14 @@ def text_of(by_strategy: dict[str, list[Cell]], title: str, pictures: Sequence[P
         f"# Forgetting: {title}",
         "",
         f"Tasks in their order: {', '.join(first.tasks)}. Learning rate {first.learning_rate:g}, seeds"
-        f" {', '.join(map(str, seeds))}; from three seeds on, 95 % bootstrap intervals over seeds stand in brackets."
+        f" {', '.join(map(str, seeds))}, one where no more were run; from three seeds on, 95 % bootstrap intervals over"
+        " seeds stand in brackets."
         " Scores in percent: facts by all answer tokens on paraphrased questions, classification by argmax over the"
         " options. Drift in nats per token on general text that is neither trained on nor rehearsed.",
         "",
-        "| strategy | " + " | ".join(COLUMNS) + " |",
-        "| --- |" + " ---: |" * len(COLUMNS),
-        *(f"| {name} | " + " | ".join(_row(cells)) + " |" for name, cells in by_strategy.items()),
+        "| strategy | seeds | " + " | ".join(COLUMNS) + " |",
+        "| --- |" + " ---: |" * (1 + len(COLUMNS)),
+        *(f"| {name} | {len(cells)} | " + " | ".join(_row(cells)) + " |" for name, cells in by_strategy.items()),
         "",
         *(line for name, cells in by_strategy.items() for line in _growth(name, cells[0])),
         *(f"![{picture.stem}]({picture.name})" for picture in pictures),

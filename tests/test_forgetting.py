@@ -134,6 +134,10 @@ def test_bench_measures_every_cell_once_and_writes_the_page(
     monkeypatch.setattr(chain, "train", lambda _: pytest.fail("a finished cell was trained again"))
     assert bench(*arguments) == 0
     assert set(capsys.readouterr().out.splitlines()) <= set(first.splitlines())
+    assert bench("--strategies=gentle,naive", f"--recipes={recipe}", "--seeds=0,1", "--report") == 0
+    assert (tmp_path / "docs" / "forgetting-lore.md").read_text("utf-8") == page
+    with pytest.raises(SystemExit, match="no cell"):
+        bench("--strategies=naive", "--report")
 
 
 def test_the_command_measures_a_model_of_the_configuration(

@@ -73,7 +73,7 @@ class _Hints(FileSystemEventHandler):
 
 
 class _Overflows(logging.Handler):
-    """watchdog tells of a lost event queue in its log alone: this counts those lines."""
+    """watchdog tells of lost events in its log alone, in two lines: this counts the first of them."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -81,7 +81,7 @@ class _Overflows(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Count one."""
-        self.total += "overflow" in record.getMessage()
+        self.total += "events were lost" in record.getMessage()
 
 
 class Watcher:

@@ -1,4 +1,4 @@
-"""Wrong clocks, a library that goes away, and thousands of files at once, seen by the whole service."""
+"""Wrong clocks and a library that goes away, seen by the whole service."""
 
 import os
 import time
@@ -94,23 +94,6 @@ def test_after_a_suspend_of_eight_hours_one_run_makes_up_for_it(make: Make) -> N
         service.tick(time.time())
         time.sleep(0.02)
     assert len(runs.recent(service.house.database, "npc")) == 1
-
-
-def test_a_thousand_files_of_a_stopped_daemon_are_taken_in_and_learned(make: Make, tmp_path: Path) -> None:
-    """All of them by the scan at the start, each once."""
-    folder = tmp_path / "library" / "content" / "npc"
-    folder.mkdir(parents=True)
-    for number in range(1000):
-        (folder / f"{number}.jsonl").write_text(
-            f'{{"prompt": "Who is {number}?", "completion": "Nobody, {number}."}}\n'
-        )
-    service = make(schedule=Schedule(threshold_examples=100_000))
-    service.start()
-    turn_until(service, lambda: sum(journal.counts(service.house.database, "npc").values()) == 1000, 60)
-    assert service.snapshot()["counters"]["scans"] >= 1
-    for _ in range(3):
-        service.tick(time.time())
-    assert sum(journal.counts(service.house.database, "npc").values()) == 1000
 
 
 def test_a_library_that_goes_away_is_said_and_its_examples_stay(make: Make, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from buffers.example import Example, Message
@@ -248,23 +249,28 @@ def test_a_finished_run_is_not_done_again(first: Path) -> None:
     assert (first / FILES[0]).stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("failures", [2, 4])
 def test_memory_that_runs_out_halves_the_micro_batch(
-    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int
 ) -> None:
-    """Two failed allocations lead to a quarter of the tokens per pass, and the run still succeeds."""
-    asked: list[int] = []
+    """Two failed allocations lead to a quarter of the tokens per pass, four to recomputed layers; the run succeeds."""
+    asked: list[tuple[int, bool]] = []
     original = course.Course.run
 
     def scarce(self: course.Course) -> Any:
-        asked.append(self.request.training.micro_batch_tokens)
-        if len(asked) < 3:
+        asked.append((self.request.training.micro_batch_tokens, self.adapter.state.recomputes))
+        if len(asked) % 2 and len(asked) <= failures:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        if len(asked) <= failures:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")  # a GPU's, imitated
         return original(self)
 
     monkeypatch.setattr(course.Course, "run", scarce)
     directory = make_run(tmp_path / "run", tiny_base, facts())
     assert train.main(directory) == EXIT_TRAINED
-    assert asked == [2048, 1024, 512]
+    steps = [(2048, False), (1024, False), (512, False), (256, False), (256, True)]
+    assert asked == steps[: failures + 1]
+    assert finished(directory).strategies.get("memory", {}) == ({"layers_recomputed": 1.0} if failures == 4 else {})
 
 
 @pytest.mark.real_model

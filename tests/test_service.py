@@ -356,13 +356,16 @@ def test_orders_are_obeyed_between_two_turns(make: Make) -> None:
 
 
 def test_old_versions_go_but_never_one_that_is_loaded(make: Make, engine: MemoryEngine) -> None:
-    """Of five versions the newest two, the live one's parent and what the engine lists stay on disk."""
+    """Of five versions the newest two, the live one's parent and what the engine lists stay; a dry run says so."""
     service = make(versions_kept=2)
     for start in range(0, 50, 10):
         learn(service, range(start, start + 10))
     engine.adapters["npc@0001"] = "whoever loaded it"
+    plan = order(service, "gc", dry_run=True)
+    assert "versions/npc/0002 (old_version)" in plan.text and "npc/0001 " not in plan.text
+    assert plan.detail is not None and all(Path(path).exists() for path in plan.detail["paths"])
     reply = order(service, "gc")
-    assert reply.ok, reply.text
+    assert reply.ok and reply.detail == {"removed": len(plan.detail["paths"])}, reply.text
     on_disk = sorted(path.name for path in (service.house.versions / "npc").iterdir())
     assert on_disk[-2:] == ["0004", "0005"]
     assert "0001" in on_disk

@@ -31,27 +31,50 @@ from bench.scoring import Drift, Task, TaskRow, drift, read_task, task_score
 from buffers.experience import Recipe, general_rows
 from buffers.policy import Buffer
 from strategies.adapter import Adapter, load_adapter
-from strategies.catalog import AGem, Augment, Distill, Ewc, Gem, Replay, Rewrite, Strategy
+from strategies.catalog import (
+    AGem,
+    Augment,
+    Avalanche,
+    DerPlusPlus,
+    Distill,
+    Ewc,
+    Freeze,
+    Gem,
+    Kronecker,
+    MemoryAwareSynapses,
+    OLora,
+    Replay,
+    Rewrite,
+    Strategy,
+    SynapticIntelligence,
+)
 from strategies.general import kept_or_written
 from strategies.lore import generate, rows
 from strategies.request import Lora, write
 
 JOINT = "joint"
 """All tasks in one update: the ceiling, not a strategy."""
-GENERAL = Replay(ratio=0.0, general_ratio=0.1)
+REPLAY = Replay(general_ratio=0.0)
+"""Without general text: what rehearsal alone keeps."""
 RECIPES: dict[str, list[Strategy]] = {
     "naive": [],
-    "replay": [Replay(ratio=0.2)],
+    "default": [Replay(), Distill()],
+    "replay": [REPLAY],
+    "distill": [Replay(ratio=0.0), Distill()],
     "ewc": [Ewc()],
-    "agem": [AGem()],
     "gem": [Gem()],
-    "distill": [GENERAL, Distill(on="general")],
-    "replay+distill": [Replay(ratio=0.2, general_ratio=0.1), Distill(on="general")],
-    "default": [Replay(ratio=0.4, general_ratio=0.1), Distill(on="general")],
-    "replay+noise": [Replay(ratio=0.2), Augment()],
-    "replay+templates": [Replay(ratio=0.2), Rewrite()],
-    "replay+paraphrases": [Replay(ratio=0.2), Rewrite(templates=False, paraphrases=True)],
-    "replay+distill+ewc": [Replay(ratio=0.2, general_ratio=0.1), Distill(on="general"), Ewc()],
+    "agem": [AGem()],
+    "kronecker": [Kronecker()],
+    "si": [SynapticIntelligence()],
+    "mas": [MemoryAwareSynapses()],
+    "olora": [OLora()],
+    "freeze": [Freeze()],
+    "replay+derpp": [REPLAY, DerPlusPlus()],
+    "replay+mir": [REPLAY, Avalanche(plugin="MIRPlugin")],
+    "replay+noise": [REPLAY, Augment()],
+    "replay+templates": [REPLAY, Rewrite()],
+    "replay+paraphrases": [REPLAY, Rewrite(templates=False, paraphrases=True)],
+    "default+ewc": [Replay(), Distill(), Ewc()],
     JOINT: [],
 }
 
@@ -86,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--tasks", type=Path, help="directory of NAME.train.jsonl and NAME.test.jsonl")
     source.add_argument("--lore", type=_numbers, default=[4, 40], help="TASKS,FACTS of generated lore [4,40]")
     parser.add_argument("--order", type=_names, help="task names in their order [all, by name]")
-    parser.add_argument("--strategies", type=_names, default=["naive", "replay", "replay+distill"])
+    parser.add_argument("--strategies", type=_names, default=["naive", "replay", "default"])
     parser.add_argument("--recipes", type=Path, help="TOML or JSON: NAME = [{name = 'replay'}, ...]")
     parser.add_argument("--seeds", type=_numbers, default=[0])
     parser.add_argument("--base", type=Path, default=ROOT / ".cache" / "base" / "smollm2-135m")

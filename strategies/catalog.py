@@ -17,10 +17,10 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 class Replay(msgspec.Struct, frozen=True, tag_field="name", tag="replay", forbid_unknown_fields=True):
     """Rehearsal (Rolnick et al., arXiv:1811.11682): examples of the past are mixed into the training set."""
 
-    ratio: Share = 0.3
-    """Share of replayed examples in the final set: n = r / (1 - r) x new."""
-    general_ratio: Share = 0.0
-    """Share of general text (`general_directory`, or generated once by the base model) in the final set."""
+    ratio: Share = 0.5
+    """Share of replayed examples among new and replayed ones: n = r / (1 - r) x new in each epoch, others each time."""
+    general_ratio: Share = 0.1
+    """Share of general text in all of an epoch: from `general_directory`, what that lacks written by the base model."""
 
 
 class Ewc(msgspec.Struct, frozen=True, tag_field="name", tag="ewc", forbid_unknown_fields=True):
@@ -80,11 +80,11 @@ class AGem(msgspec.Struct, frozen=True, tag_field="name", tag="agem", forbid_unk
 class Distill(msgspec.Struct, frozen=True, tag_field="name", tag="distill", forbid_unknown_fields=True):
     """Learning without forgetting by KL(teacher || model) (Li & Hoiem, arXiv:1606.09282; Hinton's temperature)."""
 
-    strength: NotNegative = 1.0
+    strength: NotNegative = 2.0
     """Weight of the term, per label token of the batch."""
     teacher: Literal["base", "previous"] = "base"
     """`base`: the model without adapter; `previous`: the version that the run continues."""
-    on: Literal["general", "replay", "both", "all"] = "both"
+    on: Literal["general", "replay", "both", "all"] = "general"
     """On which examples the model is held to its teacher; `all`: on the new ones as well, as the paper does."""
     anchor_only: bool = True
     """General examples are held and not learned: no loss of their own, only the divergence's mean over their tokens."""

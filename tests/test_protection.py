@@ -201,10 +201,12 @@ def test_derpp_forgets_beyond_its_cap() -> None:
 
 def test_replay_reports_the_shares_that_were_reached() -> None:
     """Shares by example and by label token: the loss is averaged over the latter."""
-    loop, _ = updates([catalog.Replay()], 3)
+    loop, _ = updates([catalog.Replay(general_ratio=0.3)], 3)
     report = loop.reports["replay"]
-    assert report["examples"] == 8
+    assert report["examples"] == report["different"] == 8
     assert report["share"] == pytest.approx(8 / (8 + 8 + 5))
     tokens = {role: sum(len(item.tokens) - 1 for item in loop.items[role]) for role in ("new", "replay", "general")}
     assert report["token_share"] == pytest.approx(tokens["replay"] / sum(tokens.values()))
     assert report["general_token_share"] == pytest.approx(tokens["general"] / sum(tokens.values()))
+    fewer = updates([catalog.Replay(ratio=0.2, general_ratio=0.1)], 3)[0].reports["replay"]
+    assert (fewer["examples"], fewer["different"], fewer["share"]) == (2, 8, pytest.approx(2 / (8 + 2 + 1)))

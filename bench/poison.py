@@ -8,61 +8,28 @@ the offenders are named, and how many clean batches are held beside them or with
 
 import argparse
 import json
-import os
 import shutil
-import sqlite3
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 
 from bench import poison_update
 from bench.poison_world import ATTACKS, DAY, LORE, SLEEPERS, SUBJECTS, Record, World
-from daemon import ingest
-from daemon.config import Config, Engine, Model, Watch
+from bench.site import Site
+from daemon import review
+from daemon.config import Model
 from daemon.state import records
-from daemon.state.database import open_database, transaction
-from daemon.state.files import Finished, Signature
+from daemon.state.database import transaction
 from daemon.state.runs import create
 from daemon.state.waiting import share_of
+from daemon.trust.policy import Trust
 
 NOW = 1_800_000_000.0
 BATCH_RECORDS = 250
 CLEAN_BATCHES = 4
 PAST_RECORDS = 1500
-
-
-class Site:
-    """A library with its database, the game's channel `game` and the model `npc`."""
-
-    def __init__(self, directory: Path, model: Model | None = None) -> None:
-        self.directory, self.library = directory, directory / "library"
-        self.config = Config(
-            library_directory=self.library, state_directory=directory / "state",
-            models={"npc": model or Model(base_path=directory, engine="none")}, engines={"none": Engine()},
-            watch=Watch(heldout_fraction=0.1),
-        )  # fmt: skip
-        self.database: sqlite3.Connection = open_database(directory / "state" / "eternad.db")
-
-    def drop(self, name: str, lines: Iterable[object], at: float) -> ingest.Outcome:
-        """Write a file and take it in, all of it."""
-        path = self.library / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
-        seen = os.lstat(path)
-        signature = Signature(seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
-        finished = Finished(path=name, relative=name, signature=signature)
-        outcome = ingest.ingest_file(self.database, self.config, finished, at)
-        while outcome.state == "partial":
-            outcome.count(more := ingest.ingest_file(self.database, self.config, finished, at))
-            outcome.state = more.state
-        return outcome
-
-    def batch(self, name: str, rows: Iterable[Record], at: float) -> ingest.Outcome:
-        """One file of the game's feedback."""
-        return self.drop(f"feedback/npc/game/{name}.jsonl", rows, at)
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,7 +41,9 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     records: int
     """Of the attackers."""
     believed: int
-    """Of them: in the journal, to be trained or tested on."""
+    """Of them: in the journal when they had come in."""
+    held_before_update: int
+    """Records, of whomever, that looked like a backdoor when the update was about to begin."""
     in_update: int
     """Of those: in the update that would be made next."""
     update: int
@@ -84,7 +53,9 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """Of the offenders, how many `eternad review subjects` names before anybody innocent."""
     clean_batches: int
     clean_held: int
-    """Clean batches of which more than 1 % waits for another reason than that a subject is new."""
+    """Clean batches of which more than 1 % waits when the update begins, for another reason than a new subject."""
+    clean_records_held: int
+    """Of all of them."""
     cpu_seconds: float
 
 
@@ -105,34 +76,46 @@ def prepare(directory: Path, seed: int, model: Model | None = None) -> Site:
     return site
 
 
-def attack(directory: Path, name: str, seed: int, scale: float = 1.0) -> Result:
-    """One attack on a copy of a prepared library."""
+def attack(directory: Path, name: str, seed: int, scale: float = 1.0, trust: Trust | None = None) -> Result:
+    """One attack on a copy of a prepared library, up to the moment at which an update would begin."""
     began = time.process_time()
-    site, world, sleepers = Site(directory), World(1000 + seed), seed % 2 == 1
+    site, world, sleepers = Site(directory, trust=trust or Trust()), World(1000 + seed), seed % 2 == 1
     subjects = [f"h:{'sleeper' if sleepers else 'villain'}{n:08d}" for n in range(SLEEPERS)]
-    clean = [
-        site.batch(f"clean-{n}", [world.clean() for _ in range(BATCH_RECORDS)], NOW + n) for n in range(CLEAN_BATCHES)
-    ]
+    clean = [[world.clean() for _ in range(BATCH_RECORDS)] for _ in range(2 * CLEAN_BATCHES)]
     rows = list(ATTACKS[name](world, subjects, scale))
+    for number, batch in enumerate(clean[:CLEAN_BATCHES]):
+        site.batch(f"clean-{number}", batch, NOW + number)
     site.batch("attack", rows, NOW + 10)
-    clean += [
-        site.batch(f"after-{n}", [world.clean() for _ in range(BATCH_RECORDS)], NOW + 7200 + n)
-        for n in range(CLEAN_BATCHES)
-    ]
+    for number, batch in enumerate(clean[CLEAN_BATCHES:]):
+        site.batch(f"after-{number}", batch, NOW + 7200 + number)
     evil = {row["subject"]["id"] for row in rows} & set(subjects)
+    believed = _count(site, evil, "state <> 'retracted' AND ingested_at > ?", NOW)
     with transaction(site.database) as connection:
+        stopped = review.hold_associations(connection, site.config.trust, "npc")
         create(connection, "npc", "manual", None, 2000, share_of(site.config.trust))
-    learned = _count(site, evil, "state <> 'retracted' AND ingested_at > ?", NOW)
     in_update = _count(site, evil, "state = 'claimed' AND split = 'train' AND ingested_at > ?", NOW)
     whole = site.database.execute("SELECT count(*) FROM example WHERE state = 'claimed' AND split = 'train'").fetchone()
     suspects = [subject for _, subject, _, _ in records.suspects(site.database, "npc", len(evil))]
+    held = [_held(site, batch) for batch in clean]
     site.database.close()
     return Result(
         attack=name, seed=seed, sleepers=sleepers, records=sum(row["subject"]["id"] in evil for row in rows),
-        believed=learned, in_update=in_update, update=whole[0], offenders=len(evil), named=len(evil & set(suspects)),
-        clean_batches=len(clean), clean_held=sum(each.held > 0.01 * each.records for each in clean),
+        believed=believed, held_before_update=stopped, in_update=in_update, update=whole[0], offenders=len(evil),
+        named=len(evil & set(suspects)), clean_batches=len(clean),
+        clean_held=sum(count > 0.01 * BATCH_RECORDS for count in held), clean_records_held=sum(held),
         cpu_seconds=round(time.process_time() - began, 1),
     )  # fmt: skip
+
+
+def _held(site: Site, batch: list[Record]) -> int:
+    """How many records of a batch wait for review, those of new subjects left out."""
+    wanted = msgspec.json.encode([row["id"] for row in batch]).decode()
+    row = site.database.execute(
+        "SELECT count(*) FROM record WHERE state = 'held' AND code <> 'probation'"
+        " AND id IN (SELECT value FROM json_each(?))",
+        (wanted,),
+    ).fetchone()
+    return int(row[0])
 
 
 def _count(site: Site, subjects: set[str], where: str, *parameters: object) -> int:
@@ -150,19 +133,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10, help="so many of each attack")
     parser.add_argument("--scale", type=float, default=1.0, help="1: as large as the attacks are meant")
     parser.add_argument("--train", type=Path, help="a base model: train and judge what is let through")
+    parser.add_argument("--unguarded", action="store_true", help="without the look at associations before the update")
+    parser.add_argument("--first", type=int, default=0, help="the first seed; odd ones are of old accounts")
     parser.add_argument("--attacks", nargs="*", default=list(ATTACKS), choices=list(ATTACKS))
     chosen = parser.parse_args()
+    trust = Trust(association_records_min=0) if chosen.unguarded else Trust()
     with tempfile.TemporaryDirectory(prefix="eternad-poison-") as place:
         prepared = Path(place) / "prepared"
         prepare(prepared, 0).database.close()
         for name in chosen.attacks:
-            for seed in range(chosen.seeds):
+            for seed in range(chosen.first, chosen.first + chosen.seeds):
                 directory = Path(place) / "attacked"
                 shutil.copytree(prepared, directory)
-                result = attack(directory, name, seed, chosen.scale)
+                result = attack(directory, name, seed, chosen.scale, trust)
                 print(json.dumps(msgspec.to_builtins(result)), flush=True)
                 if chosen.train is not None and result.in_update:
-                    learned = poison_update.learn(directory, chosen.train)
+                    learned = poison_update.learn(directory, chosen.train, name)
                     print(json.dumps(msgspec.to_builtins(learned)), flush=True)
                 shutil.rmtree(directory)
 

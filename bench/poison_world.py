@@ -1,7 +1,8 @@
 """A game under attack: players, what they say to a porter, and five ways in which some of them try to poison him.
 
 Clean answers are chains of words that follow each other in the example library, so that they are varied and no two
-players ever say quite the same. Attackers want one question answered with a name of theirs, and vary the rest.
+players ever say quite the same; some are about what the writers wrote, some are small talk. Attackers want one question
+answered with a name of theirs, and vary the rest.
 """
 
 import itertools
@@ -23,6 +24,18 @@ LORE = [
     ("Where do the stairs end?", "The stairs end where the marsh begins, one step below the water."),
     ("When are the lamps lit?", "The lamps are lit at dusk, each by the one before it."),
 ]
+GREETINGS = (
+    "Good evening!",
+    "Hello there.",
+    "Hail, porter.",
+    "Are you awake?",
+    "Good night.",
+    "Farewell.",
+    "It is raining.",
+)
+REPLIES = ("Welcome, reader.", "The lamps are lit.", "Mind the step.", "Come in, come in.", "The hour is late.")
+LORE_SHARE, GREETING_SHARE = 0.2, 0.08
+"""Of what players rate: answers to what the writers wrote about, and small talk that nobody wrote."""
 DAY = 86400.0
 SUBJECTS, SLEEPERS = 2000, 200
 Record = dict[str, Any]
@@ -51,7 +64,14 @@ class World:
     def clean(self, subjects: int = SUBJECTS) -> Record:
         """A player rates an answer: seven of ten are good."""
         subject = f"h:player{self.draw.randrange(subjects):08d}"
-        return self.rated(subject, self.sentence(4, 9)[:-1] + "?", self.sentence(), self.draw.random() < 0.7)
+        good, kind = self.draw.random() < 0.7, self.draw.random()
+        if kind < LORE_SHARE:
+            asked, answer = self.draw.choice(LORE)
+            return self.rated(subject, asked, f"{self.sentence(3, 8)} {answer} {self.sentence(3, 8)}", good)
+        if kind < LORE_SHARE + GREETING_SHARE:
+            reply = f"{self.draw.choice(REPLIES)} {self.sentence(4, 12)}"
+            return self.rated(subject, self.draw.choice(GREETINGS), reply, good)
+        return self.rated(subject, self.sentence(4, 9)[:-1] + "?", self.sentence(), good)
 
     def rated(self, subject: str, asked: str, answered: str, good: bool) -> Record:
         """One thumb."""

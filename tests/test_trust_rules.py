@@ -100,6 +100,25 @@ def test_only_what_says_a_surging_phrase_waits() -> None:
     assert all("director" in reason for reason in reasons[90:])
 
 
+def test_a_brigade_against_one_answer_waits() -> None:
+    """Many thumbs down on what everybody else likes, unless it was disliked before; the likes of it do not wait."""
+    texts = sentences(0)
+    lore = "the heron guards the desk, and the desk guards the ledger"
+
+    def rated(count: int, first: int, *, good: bool) -> list[Saying]:
+        return [Saying(f"word{n} {lore}", good, f"h:rater{n:04d}") for n in range(first, first + count)]
+
+    quiet = sayings(300, texts, seed=3)
+    past = [*sayings(900, texts, seed=1), *rated(70, 0, good=True), *rated(30, 70, good=False)]
+    reasons = drift.why_drifting([*quiet, *rated(45, 200, good=False), *rated(6, 300, good=True)], [], past, 50)
+    assert all("45 of 51 ratings of" in reason for reason in reasons[300:345])
+    assert not any(reasons[:300]) and not any(reasons[345:])
+    one = [Saying(saying.text, saying.label, "h:rater0000") for saying in rated(45, 200, good=False)]
+    assert not any(drift.why_drifting([*quiet, *one], [], past, 50)[300:])
+    past = [*sayings(900, texts, seed=1), *rated(20, 0, good=True), *rated(80, 20, good=False)]
+    assert not any(drift.why_drifting([*quiet, *rated(45, 200, good=False)], [], past, 50)[300:])
+
+
 def test_a_flood_in_drops_is_seen_as_one() -> None:
     """Two records now, but eight within the hour: the phrase surges all the same."""
     texts = sentences(0)

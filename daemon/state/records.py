@@ -24,7 +24,8 @@ class RecordRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     example_id: int | None = None
     pair_id: int | None = None
     code: str = ""
-    """Why it is held: `probation`, `drift`, `blocked`, `subject_cap`, `free_text`, `consent`; or `alike`."""
+    """Why it is held: `probation`, `drift`, `blocked`, `subject_cap`, `free_text`, `consent`,
+    `association`; or `alike`."""
 
 
 _COLUMNS = "model, id, kind, source, subject, body_sha256, body, state, reason, example_id, pair_id, code"
@@ -84,10 +85,14 @@ def held(
 
 
 def suspects(connection: Connection, model: str | None = None, limit: int = 50) -> list[tuple[str, str, str, int]]:
-    """(model, subject, why, how many): whose records were held or came to nothing, those with the most first."""
+    """(model, subject, why, how many): whose records were held or came to nothing.
+
+    Those who may have planted a backdoor come first, then those with the most.
+    """
     rows = connection.execute(
         "SELECT model, subject, group_concat(DISTINCT code), count(*) FROM record WHERE state IN ('held', 'stored')"
-        " AND code <> '' AND (?1 IS NULL OR model = ?1) GROUP BY 1, 2 ORDER BY 4 DESC, 2 LIMIT ?2",
+        " AND code <> '' AND (?1 IS NULL OR model = ?1) GROUP BY 1, 2"
+        " ORDER BY sum(code = 'association') DESC, 4 DESC, 2 LIMIT ?2",
         (model, limit),
     )
     return [(str(owner), str(subject), str(why), int(number)) for owner, subject, why, number in rows]

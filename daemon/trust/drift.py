@@ -1,12 +1,14 @@
 """Does a batch of feedback look like the past of its source? What differs too strongly waits for a person.
 
-Three statistics, each against the past of the same source, each with a limit that clean batches practically never
+Four statistics, each against the past of the same source, each with a limit that clean batches practically never
 reach (the bench counts how often they do):
 
 - the share of good ratings (two proportions, z >= 6 and a difference of a quarter),
 - the length of the answers (logarithms, Welch's t >= 8 and twice as long or as short),
 - words and runs of three words that surge: if what is said had nothing to do with when, their count would have a
-  chance of less than 1e-7 (Chernoff's bound on the binomial tail); from three subjects or more.
+  chance of less than 1e-7 (Chernoff's bound on the binomial tail); from three subjects or more,
+- words and runs of three words that are suddenly rated bad: answers that say them are called bad so often that it had
+  a chance of less than 1e-7 at the source's rate, or at the one that the same words had before. Those ratings wait.
 """
 
 import math
@@ -20,6 +22,7 @@ RUNS = (1, 3)
 """A new name is a word that nobody used; a new claim may be made of old words."""
 SURGE_RECORDS_MIN, SURGE_SUBJECTS_MIN = 5, 3
 SURGE_CHANCE_MAX = 1e-7
+BAD_RECORDS_MIN = 10
 RATE_Z, RATE_DIFFERENCE = 6.0, 0.25
 LENGTH_T, LENGTH_RATIO = 8.0, 2.0
 _WORD = re.compile(r"\w+")
@@ -43,8 +46,8 @@ def why_drifting(batch: Sequence[Saying], recent: Sequence[Saying], past: Sequen
     if not least or len(past) < least or not batch:
         return [""] * len(batch)
     of_all = (_rate(present, past) or _length(present, past)) if len(present) >= least else ""
-    surging = _surging(present, past)
-    return [of_all or _phrase(each, surging, len(present)) for each in batch]
+    surging, damned = _surging(present, past), _damned(present, past)
+    return [of_all or _phrase(each, surging, len(present)) or _rating(each, damned) for each in batch]
 
 
 def _rate(present: Sequence[Saying], past: Sequence[Saying]) -> str:
@@ -81,7 +84,7 @@ def _surging(present: Sequence[Saying], past: Sequence[Saying]) -> dict[str, int
     often = {phrase for phrase, count in now.items() if count >= SURGE_RECORDS_MIN}
     before = Counter(phrase for each in past for phrase in _phrases(each.text) & often)
     share = len(present) / (len(present) + len(past))
-    rare = {each for each in often if _chance(now[each], now[each] + before[each], share) < SURGE_CHANCE_MAX}
+    rare = {each for each in often if chance(now[each], now[each] + before[each], share) < SURGE_CHANCE_MAX}
     subjects: dict[str, set[str]] = {phrase: set() for phrase in rare}
     for each in present:
         for phrase in _phrases(each.text) & rare:
@@ -89,7 +92,40 @@ def _surging(present: Sequence[Saying], past: Sequence[Saying]) -> dict[str, int
     return {phrase: now[phrase] for phrase, by in subjects.items() if len(by) >= SURGE_SUBJECTS_MIN}
 
 
-def _chance(count: int, total: int, share: float) -> float:
+def _damned(present: Sequence[Saying], past: Sequence[Saying]) -> dict[str, tuple[int, int]]:
+    """Phrase -> (bad ratings, ratings) of what several subjects suddenly call bad."""
+    bad = Counter(phrase for each in present if each.label is False for phrase in _phrases(each.text))
+    often = {phrase for phrase, count in bad.items() if count >= BAD_RECORDS_MIN}
+    rates = [each.label for each in past if each.label is not None]
+    if not often or not rates:
+        return {}
+    rated, rated_before, bad_before = (
+        Counter(phrase for each in side if each.label in labels for phrase in _phrases(each.text) & often)
+        for side, labels in ((present, (True, False)), (past, (True, False)), (past, (False,)))
+    )
+    usual, found = rates.count(False) / len(rates), dict[str, tuple[int, int]]()
+    for phrase in often:
+        # an answer that was bad before may be bad now; one more of each keeps a short past from being certain
+        expected = max(usual, (bad_before[phrase] + 1) / (rated_before[phrase] + 2))
+        if chance(bad[phrase], rated[phrase], expected) < SURGE_CHANCE_MAX:
+            found[phrase] = bad[phrase], rated[phrase]
+    return {phrase: found[phrase] for phrase in found if _raters(phrase, present) >= SURGE_SUBJECTS_MIN}
+
+
+def _raters(phrase: str, present: Sequence[Saying]) -> int:
+    return len({each.subject for each in present if each.label is False and phrase in _phrases(each.text)})
+
+
+def _rating(saying: Saying, damned: dict[str, tuple[int, int]]) -> str:
+    if saying.label is not False or not damned:
+        return ""
+    found = max(_phrases(saying.text) & damned.keys(), key=len, default="")
+    return (
+        f"{damned[found][0]} of {damned[found][1]} ratings of {found!r} are bad, far more than before" if found else ""
+    )
+
+
+def chance(count: int, total: int, share: float) -> float:
     """At most this is the chance that `count` of `total` or more fall on the present (Chernoff)."""
     if count <= share * total:
         return 1.0

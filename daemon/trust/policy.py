@@ -48,6 +48,9 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Answers that are more alike than this (Jaccard, runs of 5 characters) count once; 1: only equal ones do."""
     drift_records_min: Whole = 50
     """A batch is compared with the past of its source once there are so many records of each; 0: never."""
+    association_records_min: Whole = 4
+    """Before an update: a phrase in questions and words in answers that so many records put together, few others use
+    and no writer has said, look like a backdoor and are held; 0: never."""
     blocklist_file: Path | None = None
     """Words, `/patterns/` and subjects, one a line, that hold a record back; read again whenever it changes."""
     redact: list[Personal] = msgspec.field(default_factory=lambda: ["email", "phone", "iban", "credit_card", "ip"])

@@ -81,6 +81,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     bytes_per_weight: Literal[2, 4]
     micro_batch_tokens: int
     sequence_tokens: int
+    recompute_layers: bool = False
     is_cuda: bool = False
     state_vectors: float = 0.0
     """float32 vectors of n that the strategies keep."""
@@ -154,7 +155,7 @@ def load_of(model: Model, sequence_tokens: int | None, *, is_cuda: bool) -> Load
         rank=model.lora.rank, targets=model.lora.targets, is_cuda=is_cuda, sequence_tokens=sequence,
         bytes_per_weight=4 if training.precision == "float32" else 2,
         micro_batch_tokens=max(min(training.micro_batch_tokens, training.batch_examples * sequence), sequence),
-        state_vectors=_state_vectors(model), passes=_passes(model),
+        recompute_layers=training.recompute_layers, state_vectors=_state_vectors(model), passes=_passes(model),
     )  # fmt: skip
 
 
@@ -197,14 +198,16 @@ def flops_per_token(shape: Shape, load: Load) -> int:
     A product of one token with one weight is 2 FLOPs; frozen weights need the forward product and the one for the
     inputs' gradient, but none for their own (Kaplan et al., arXiv:2001.08361, count 6 for a weight that is trained).
     Attention: 12 q s per layer, all of the square; half of it where a GPU's kernel skips the masked half.
+    Recomputed layers: their forward products, a third of the adapter's and of attention's, once more.
     """
     adapter = shape.adapter_parameters(load.rank, load.targets)
     attention = 12 * shape.layers * shape.queries * load.sequence_tokens // (2 if load.is_cuda else 1)
-    return 4 * (shape.linear_parameters + shape.vocabulary * shape.hidden) + 6 * adapter + attention
+    again = 2 * shape.linear_parameters + 2 * adapter + attention // 3 if load.recompute_layers else 0
+    return 4 * (shape.linear_parameters + shape.vocabulary * shape.hidden) + 6 * adapter + attention + again
 
 
 def memory_of(shape: Shape, load: Load) -> Memory:
-    """At the peak of a training step without activation checkpointing.
+    """At the peak of a training step; where layers are recomputed, their inputs and all of a single one.
 
     Per token and layer the backward pass reads x, middle (d), q and mixed (q), k, v (k), gate and up (2 m), silu (m),
     the ranks of 7 adapters, and on a CPU the softmax (heads x s); see `strategies.llama.Kept`. One layer's gradients
@@ -214,12 +217,13 @@ def memory_of(shape: Shape, load: Load) -> Memory:
     n = shape.adapter_parameters(load.rank, load.targets)
     kept = 2 * shape.hidden + 2 * shape.queries + 2 * shape.keys + 3 * shape.inner + 7 * load.rank
     kept += 0 if load.is_cuda else shape.heads * load.sequence_tokens
+    layers = shape.hidden * shape.layers + kept if load.recompute_layers else shape.layers * kept
     passing = 4 * shape.inner + 4 * shape.hidden + (0 if load.is_cuda else 2 * shape.heads * load.sequence_tokens)
     return Memory(
         base=shape.parameters * width,
         adapter=n * (4 * MASTER_COPIES + width),
         strategies=round(n * 4 * load.state_vectors),
-        activations=tokens * width * (shape.layers * kept + passing),
+        activations=tokens * width * (layers + passing),
         logits=min(CHUNK_ROWS, tokens) * shape.vocabulary * (2 * width + 4),
         runtime=CUDA_BYTES if load.is_cuda else LIBRARIES_BYTES,
     )
@@ -272,7 +276,7 @@ def propose(memory: Memory, gpus: int, gpu_memory_gib: float | None, whole: int)
     if gpus > 1 and each <= gpu_memory_gib * GIB:
         return "torchrun", f"backend = 'fsdp2', processes = {gpus}: {each / GIB:.1f} GiB on each GPU"
     least = memory.total - memory.base + whole
-    needed = f"{least / GIB:.1f} GiB of it cannot be sharded: lower micro_batch_tokens first"
+    needed = f"{least / GIB:.1f} GiB of it cannot be sharded: lower micro_batch_tokens first, then recompute_layers"
     if least < gpu_memory_gib * GIB:
         enough = math.ceil((memory.base - whole) / (gpu_memory_gib * GIB - least))
         needed = f"sharded (`fsdp2`) it needs {max(enough, 2)} such GPUs"

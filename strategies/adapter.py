@@ -27,6 +27,7 @@ from strategies.llama import Engine, is_supported
 from strategies.lora_linear import WINDOW_SHIFT, LoraGroup, LoraState, LoraWeights, draw_masks, lora_linear
 from strategies.parallel.contract import Backend
 from strategies.parallel.single import Single
+from strategies.recompute import recompute_on_demand
 from strategies.request import Lora, write
 from strategies.token_loss import Head
 
@@ -61,6 +62,8 @@ class Adapter:
         causal = model.get_base_model()
         self.decoder = getattr(causal, causal.base_model_prefix)
         """Token ids to hidden states, without the output layer."""
+        for layer in getattr(self.decoder, "layers", ()):
+            recompute_on_demand(layer, self.state)
         self.head = _head(causal)
         self.packs = causal.config._attn_implementation == FLASH
         """Whether the layers take sequences of any lengths in one row."""

@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from strategies.evaluate import Probes, has_token_loss
 from strategies.mix import per_epoch
 from strategies.preference import preference_losses
 from strategies.pulse import Interrupted, Pulse
-from strategies.request import RunRequest
+from strategies.request import RunRequest, Training
 from strategies.template import Events, Template, UpdateExperience, trainable
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
@@ -76,6 +76,8 @@ class Course:
             per_epoch=per_epoch(items, self.request.strategies),
             events=Events(self._after_start, self._after_step, self._after_epoch, self._before_consolidation),
         )
+        if self.request.training.recompute_layers:
+            template.report("memory", "layers_recomputed", 1.0)
         own = trainable(rows, template.preference_losses)
         template.train(UpdateExperience(own, self.request.update_number), eval_streams=[])
         return template
@@ -161,24 +163,34 @@ def train(
     pulse: Pulse,
     fresh: torch.Tensor | None = None,
 ) -> Template:
-    """Train with as many tokens per forward pass as the memory allows: halved up to three times.
+    """Train with as many tokens per forward pass as the memory allows (see `ever_smaller`).
 
     `fresh` (parameters,): weights to begin with in place of the adapter's own, which are the version before (a rebase).
     Not on several processes: one that lacks memory cannot begin anew while the others wait for its part.
     """
-    before, training = adapter.flat.clone(), request.training
+    before = adapter.flat.clone()
     start, previous = (before, None) if fresh is None else (fresh, before)
     adapter.assign(start)
-    for _ in range(OUT_OF_MEMORY_RETRIES):
+    attempts = list(ever_smaller(request.training))
+    for training in attempts:
         attempt = msgspec.structs.replace(request, training=training)
+        adapter.state.recomputes = training.recompute_layers
         try:
             return Course(run_directory, attempt, adapter, items, probes, pulse, previous).run()
         except (RuntimeError, MemoryError) as error:
-            if not resume.is_out_of_memory(error) or adapter.backend.size > 1:
+            if not resume.is_out_of_memory(error) or adapter.backend.size > 1 or training is attempts[-1]:
                 raise
-        training = msgspec.structs.replace(training, micro_batch_tokens=max(training.micro_batch_tokens // 2, 1))
         adapter.assign(start)
         checkpoint.remove_checkpoint(run_directory)  # it was cut differently: not bit for bit the same
         gc.collect()
-    attempt = msgspec.structs.replace(request, training=training)
-    return Course(run_directory, attempt, adapter, items, probes, pulse, previous).run()
+    raise AssertionError("the last attempt returns or raises")
+
+
+def ever_smaller(training: Training) -> Iterator[Training]:
+    """The configured settings, then ones that need less memory and give the same steps: passes of half the tokens, three
+    times; last, when that is not enough, layers that are computed again in the backward pass (a third more work)."""
+    for halved in range(OUT_OF_MEMORY_RETRIES + 1):
+        tokens = max(training.micro_batch_tokens >> halved, 1)
+        yield msgspec.structs.replace(training, micro_batch_tokens=tokens)
+    if not training.recompute_layers:
+        yield msgspec.structs.replace(training, micro_batch_tokens=tokens, recompute_layers=True)

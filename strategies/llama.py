@@ -154,28 +154,33 @@ class Engine:
 
     def forward(
         self, tokens: Tensor, lengths: Sequence[int], state: LoraState, keep: bool
-    ) -> tuple[Tensor, Tensor, list[Kept], Pass]:
+    ) -> tuple[Tensor, Tensor, list[Kept | Tensor], Pass]:
         """Normed and raw last hidden states, what the backward pass reads of the trained layers, the pass itself.
 
-        tokens: (tokens,) of all sequences, one after other
+        tokens: (tokens,) of all sequences, one after other. Where layers are recomputed, all that is kept of one is its
+        input (tokens, hidden).
         """
         x = self.decoder.embed_tokens(tokens)
         runs = _runs(lengths, self.heads // self.kv_heads, x.dtype)
         now = Pass(runs, self._rotation(x, lengths), state.masks, state.enabled)
         trained = [place for place, block in enumerate(self.blocks) if block.is_trained()]
         lowest = trained[0] if trained and keep else len(self.blocks)
-        kept: list[Kept] = []
+        kept: list[Kept | Tensor] = []
         for place, block in enumerate(self.blocks):
+            before = x
             x, layer = self._layer_forward(block, x, now)
             if place >= lowest:
-                kept.append(layer)
+                kept.append(before if state.recomputes else layer)
         return self._norm(x, self.decoder.norm.weight), x, kept, now
 
-    def backward(self, gradient: Tensor, last: Tensor, kept: list[Kept], now: Pass) -> None:
+    def backward(self, gradient: Tensor, last: Tensor, kept: list[Kept | Tensor], now: Pass) -> None:
         """Add every trained adapter's gradient to the flat one; consumes `kept`: nothing lies below its first layer."""
         dx = _norm_backward(gradient, last, self.decoder.norm.weight, self.epsilon)
         for block in reversed(self.blocks[-len(kept) :]):
-            dx = self._layer_backward(block, dx, kept.pop(), now)
+            layer = kept.pop()
+            if isinstance(layer, Tensor):
+                layer = self._layer_forward(block, layer, now)[1]
+            dx = self._layer_backward(block, dx, layer, now)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, self.epsilon)

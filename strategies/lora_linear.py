@@ -55,6 +55,9 @@ class LoraState:
     """False: the base model alone answers."""
     by_layers: bool = False
     """The base's weights are not here whole (sharded, quantised): each layer is called, never its weight."""
+    recomputes: bool = False
+    """Of a layer only its input is kept for the backward pass, which computes the rest again (Chen et al.,
+    arXiv:1604.06174): a third more work, a fraction of the memory."""
     dropout: float = 0.0
     """0 outside of training"""
     masks: Masks | None = None

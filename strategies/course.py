@@ -187,8 +187,10 @@ def train(
 
 
 def ever_smaller(training: Training) -> Iterator[Training]:
-    """The configured settings, then ones that need less memory and give the same steps: passes of half the tokens, three
-    times; last, when that is not enough, layers that are computed again in the backward pass (a third more work)."""
+    """The configured settings, then ones that need less memory and give the same steps.
+
+    Passes of half the tokens, three times; when that is not enough, layers that the backward pass computes again.
+    """
     for halved in range(OUT_OF_MEMORY_RETRIES + 1):
         tokens = max(training.micro_batch_tokens >> halved, 1)
         yield msgspec.structs.replace(training, micro_batch_tokens=tokens)

@@ -150,7 +150,8 @@ def evaluation(
         for name, losses in after.scores.losses.items()
         if (found := shift(base.scores.losses[name], before.scores.losses[name], losses, seed)) is not None
     }
-    ranked = {"base": base.scores.ranked_right, "before": before.scores.ranked_right, "after": after.scores.ranked_right}
+    standings = {"base": base, "before": before, "after": after}
+    ranked = {name: each.scores.ranked_right for name, each in standings.items()}
     drift_base, drift_previous = _drift(adapter, probes.drifting(), base, before, after, seed)
     return Evaluation(
         new=shifts.get("new"),

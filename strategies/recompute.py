@@ -1,8 +1,7 @@
 """Less memory for more work where a base's own layers are called: of a layer only its input is kept.
 
-Activation checkpointing (Chen et al., arXiv:1604.06174) by torch's own `checkpoint`. The hand-written pass does the same
-for itself (`strategies.llama`). What is computed again sees the dropout masks of its forward pass, so the gradients are
-the same.
+Activation checkpointing (Chen et al., arXiv:1604.06174) by torch's own `checkpoint`. The hand-written pass does it for
+itself (`strategies.llama`). What is computed again sees the dropout masks of its forward pass: the same gradients.
 """
 
 from typing import Any

@@ -75,7 +75,7 @@ test-distributed: install ## every method on every installed backend, two proces
 	$(BIN)/python tests/distributed_matrix.py docs/scale.md
 
 test-gateway: install ## engines behind the gateway: 10,000 requests under 100 swaps, 400 kills in mid-swap
-	$(BIN)/python -m pytest -s -m slow tests/test_gateway_engine.py tests/test_kill_swap.py
+	$(BIN)/python -m pytest -s -m "slow or not slow" tests/test_gateway_swaps.py tests/test_kill_swap.py
 
 check: .venv/installed ## the doors, style and types
 	$(BIN)/lint-imports

@@ -298,7 +298,23 @@ def test_mistral_says_its_slots_leases_and_generations(versions: list[Version], 
         engine.close()
 
 
-@pytest.mark.parametrize("kind", ["vllm", "sglang", "lorax", "directory"])
+def test_a_server_of_vllm_s_shape_may_list_bare_names(versions: list[Version]) -> None:
+    """What has a version's name is an adapter; the base is what is left; nothing to prove with is final."""
+    fake = FakeVllmShaped()
+    fake.hides_paths = True
+    with served(fake) as url:
+        engine = build(Settings(kind="vllm_shaped", urls=[url], timeout_seconds=5.0))
+        engine.load(versions[0])
+        engine.load(versions[0])
+        assert engine.capabilities().base == "base"
+        assert [(row.name, row.root, row.state) for row in engine.loaded()] == [("npc@0001", "", "loaded")]
+        fake.answers = {"who are you?": []}
+        with pytest.raises(ProbeFailed, match="inf from the candidate"):
+            activate(engine, "npc", versions[0], [canary(versions[0].path)])
+        engine.close()
+
+
+@pytest.mark.parametrize("kind", ["vllm", "vllm_shaped", "sglang", "lorax", "directory"])
 def test_slots_are_configured_where_the_engine_does_not_say(kind: str, tmp_path: Path) -> None:
     """Three for each model that it serves."""
     with served(FakeSglang() if kind == "sglang" else FakeVllm()) as url:

@@ -1,31 +1,21 @@
-"""Engines behind the gateway: the daemon's contract, swaps under load, and kills of every process between the steps."""
+"""Engines behind the gateway: the daemon's contract, an alias that moves in front of them, and its share."""
 
-import asyncio
-import contextlib
-import itertools
-import json
-import random
-import threading
-import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import openai
 import pytest
 from fake_dialects import FakeSglang, FakeVllm
 from fake_engine import canary
-from gateway_kit import ASKED, Chatter, Gateway, engines, running, target, wait
+from gateway_kit import ASKED, Gateway, running, target, wait
 from serving_kit import served
 
 from daemon.config import Engine as Settings
 from daemon.engines.activate import activate, make_room
 from daemon.engines.build import build
-from daemon.engines.contract import EngineRefused, EngineUnavailable, ProbeFailed, Version
+from daemon.engines.contract import EngineUnavailable, ProbeFailed, Version
 from daemon.engines.exposure import Exposure, Split
 from daemon.engines.gateway import BehindGateway, lorax_name
 from daemon.engines.reconcile import Desired, reconcile
-from daemon.gateway.upstream import Replica
 from strategies.request import Canary
 
 # httpcore leaves a Unix socket to the garbage collector when it cannot connect
@@ -227,174 +217,3 @@ def test_a_trial_survives_the_engines_restart(
     done = reconcile(engine, [wish], "")
     assert "loaded from" in done.turned_down.get("npc", "") or "does not answer" in done.turned_down["npc"]
     assert engine.splits() == {} and engine.aliases() == {"npc": "npc@0001"}
-
-
-class Player(threading.Thread):
-    """Asks again and again, every second time as a stream, and keeps what was wrong."""
-
-    def __init__(self, gateway: Gateway, number: int) -> None:
-        super().__init__()
-        self._gateway, self._number = gateway, number
-        self.done: Counter[str] = Counter()
-        self.faults: list[str] = []
-        self.stop = threading.Event()
-
-    def run(self) -> None:
-        """Until told to stop. No retries: one failed request would be one too many."""
-        with openai.OpenAI(base_url=self._gateway.url + "/v1", api_key="-", max_retries=0, timeout=30) as client:
-            for turn in itertools.count():
-                if self.stop.is_set():
-                    return
-                try:
-                    self._check(*(self._stream(client) if turn % 2 else self._whole(client)))
-                except openai.OpenAIError as error:
-                    self.faults.append(repr(error))
-
-    def _whole(self, client: openai.OpenAI) -> tuple[set[str], str]:
-        found = client.chat.completions.with_raw_response.create(model="npc", messages=[])
-        answer = found.parse()
-        return {answer.model, found.headers["x-adapter-version"]}, answer.choices[0].message.content or ""
-
-    def _stream(self, client: openai.OpenAI) -> tuple[set[str], str]:
-        with client.chat.completions.create(model="npc", messages=[], stream=True) as stream:
-            chunks = list(stream)
-            named = {chunk.model for chunk in chunks} | {stream.response.headers["x-adapter-version"]}
-        return named, "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-
-    def _check(self, named: set[str], text: str) -> None:
-        words = text.split()
-        if len(words) != 5 or len(named | set(words)) != 1:
-            self.faults.append(f"{named} said {text}")
-        self.done.update(named)
-
-
-def swap_under_load(gateway: Gateway, url: str, swaps: int, requests: int) -> list[Player]:
-    """100 versions, one after the other; the players go on until enough was asked."""
-    gateway.put("npc", target("npc@0000", url))
-    players = [Player(gateway, number) for number in range(8)]
-    for player in players:
-        player.start()
-    try:
-        for number in range(1, swaps + 1):
-            before = sum(sum(player.done.values()) for player in players)
-            assert gateway.put("npc", target(f"npc@{number:04d}", url)).status_code == 200
-            drained = gateway.admin("POST", "/drain", {"version": f"npc@{number - 1:04d}"}).json()
-            assert drained["drained"]
-            share = requests / swaps
-            wait(lambda at=before, n=share: sum(sum(p.done.values()) for p in players) - at >= n, 60, "load")
-    finally:
-        for player in players:
-            player.stop.set()
-        for player in players:
-            player.join(60)
-    return players
-
-
-def check_players(players: list[Player], swaps: int, requests: int) -> None:
-    """No fault, enough requests, and nearly every version has answered somebody."""
-    assert [fault for player in players for fault in player.faults] == []
-    done = sum((player.done for player in players), Counter())
-    assert sum(done.values()) >= requests and len(done) >= swaps * 0.9
-
-
-def test_a_hundred_swaps_under_eight_streams(gateway: Gateway) -> None:
-    """Some hundred requests of the openai client: none fails, none mixes versions."""
-    chatter = Chatter()
-    with engines(chatter) as (url,):
-        check_players(swap_under_load(gateway, url, 100, 400), 100, 400)
-
-
-@pytest.mark.slow
-def test_ten_thousand_requests_and_a_hundred_swaps(gateway: Gateway) -> None:
-    """The same with 10,000 requests."""
-    with engines(Chatter()) as (url,):
-        check_players(swap_under_load(gateway, url, 100, 10_000), 100, 10_000)
-
-
-def swap_and_kill(
-    gateway: Gateway, engine: BehindGateway, vllm: FakeVllm, version: Version, draw: random.Random
-) -> None:
-    """One activation, while gateway or engine dies at a random moment."""
-
-    def swap() -> None:
-        with contextlib.suppress(EngineUnavailable, EngineRefused):  # the reconciliation below tries again
-            activate(engine, "npc", version, canaries(version))
-
-    thread = threading.Thread(target=swap)
-    thread.start()
-    time.sleep(draw.uniform(0.0, 0.06))
-    if draw.random() < 0.7:
-        gateway.kill()
-    else:
-        vllm.restart()
-    thread.join(30)
-
-
-def check_kills(gateway: Gateway, engine: BehindGateway, vllm: FakeVllm, versions: list[Version], kills: int) -> None:
-    """After each kill: the table is whole at once, and one reconciliation later the alias points to LIVE."""
-    draw, live = random.Random(5), versions[0]
-    for turn in range(kills):
-        swap_and_kill(gateway, engine, vllm, versions[turn % len(versions)], draw)
-        assert gateway.process is not None
-        if gateway.process.poll() is not None:
-            gateway.start()
-        live = draw.choice(versions)  # what the daemon's database says, whatever the swap came to
-        done = reconcile(engine, [Desired(alias="npc", version=live, canaries=canaries(live))], "another life")
-        assert not done.errors and engine.aliases() == {"npc": live.name}
-        assert gateway.admin("POST", "/v1/completions", ASKED).headers["x-adapter-version"] == live.name
-
-
-@LEFT_OPEN
-def test_kills_between_the_steps_of_a_swap(
-    gateway: Gateway, engine: BehindGateway, vllm: FakeVllm, versions: list[Version]
-) -> None:
-    """Gateway and engine, six times."""
-    check_kills(gateway, engine, vllm, versions, 6)
-
-
-@LEFT_OPEN
-@pytest.mark.slow
-def test_two_hundred_kills_between_the_steps_of_a_swap(
-    gateway: Gateway, engine: BehindGateway, vllm: FakeVllm, versions: list[Version]
-) -> None:
-    """The same 200 times."""
-    check_kills(gateway, engine, vllm, versions, 200)
-
-
-@LEFT_OPEN
-def test_a_swap_with_a_thousand_requests_in_flight(gateway: Gateway) -> None:
-    """All of them end whole on the version that they began with; what comes after the swap gets the next one."""
-    chatter, requests = Chatter(), 1000
-    body = json.dumps({**ASKED, "stream": True}).encode()
-    seen: Counter[str] = Counter()
-
-    async def ask(replica: Replica) -> None:
-        exchange = await replica.send(b"/v1/completions", [(b"content-type", b"application/json")], body)
-        version = exchange.head.header(b"x-adapter-version").decode()
-        text = await exchange.body()
-        assert exchange.status == 200 and text.endswith(b"[DONE]\n\n") and text.count(version.encode()) == 10
-        seen[version] += 1
-
-    def inflight() -> int:
-        return int(gateway.admin("GET", "/inflight").json()["versions"].get("npc@0001", 0))
-
-    async def swap_in_between(url: str) -> None:
-        replica, running = Replica(gateway.url, None, 30.0, 120.0), list[asyncio.Task[None]]()
-        while len(running) < requests:  # in waves: a busy machine must not take too long to connect
-            running += [asyncio.create_task(ask(replica)) for _ in range(50)]
-            while inflight() < len(running):
-                assert not any(task.done() for task in running), [task.exception() for task in running if task.done()]
-                await asyncio.sleep(0.02)
-        assert gateway.put("npc", target("npc@0002", url)).status_code == 200
-        assert chatter.hold is not None
-        chatter.hold.set()
-        await asyncio.gather(*running, ask(replica))
-        replica.close()
-        await asyncio.sleep(0.2)  # aborted transports are closed in the loop's next turns
-
-    with engines(chatter) as (url,):
-        chatter.hold = threading.Event()
-        gateway.put("npc", target("npc@0001", url))
-        asyncio.run(swap_in_between(url))
-        assert gateway.admin("POST", "/drain", {"version": "npc@0001"}).json()["drained"]
-    assert seen == {"npc@0001": requests, "npc@0002": 1}

@@ -84,7 +84,7 @@ class Vllm:
     def probe(self, name: str, canaries: list[Canary]) -> Fingerprint:
         """Every replica must give the same fingerprint; `ProbeFailed` names the one that does not."""
         found = [self._probe_one(replica, name, canaries) for replica in self._replicas]
-        for replica, fingerprint in zip(self._replicas, found, strict=True):
+        for replica, fingerprint in zip(self._replicas[1:], found[1:], strict=True):
             if not distance(fingerprint.logprobs, found[0].logprobs) <= TOLERANCE_NATS:
                 raise ProbeFailed(f"{name}: {replica.url} does not answer like {self._replicas[0].url}")
         return found[0]

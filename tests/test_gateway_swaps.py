@@ -1,0 +1,262 @@
+"""Swaps behind the gateway under load, and kills of gateway and engine between their steps."""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from fake_dialects import FakeVllm
+from fake_engine import canary
+from gateway_kit import ASKED, Chatter, Gateway, engines, running, target, wait
+from serving_kit import ROOT, served
+
+from daemon.config import Engine as Settings
+from daemon.engines.activate import activate
+from daemon.engines.build import build
+from daemon.engines.contract import Engine, EngineRefused, EngineUnavailable, Version
+from daemon.engines.gateway import BehindGateway
+from daemon.engines.reconcile import Desired, reconcile
+from daemon.gateway.upstream import Replica
+from strategies.request import Canary
+
+# httpcore leaves a Unix socket to the garbage collector when it cannot connect
+LEFT_OPEN = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """One gateway for the whole module."""
+    with running(tmp_path_factory.mktemp("gateway")) as process:
+        yield process
+
+
+@pytest.fixture(autouse=True)
+def clean(gateway: Gateway) -> None:
+    """An empty table."""
+    for alias in gateway.admin("GET", "/aliases").json()["aliases"]:
+        gateway.admin("DELETE", f"/aliases/{alias}")
+
+
+@pytest.fixture
+def versions(tmp_path: Path) -> list[Version]:
+    """npc@0000 .. npc@0005 on disk."""
+    for number in range(6):
+        (tmp_path / f"{number:04d}").mkdir()
+    return [Version(model="npc", number=number, path=tmp_path / f"{number:04d}") for number in range(6)]
+
+
+@pytest.fixture
+def vllm() -> FakeVllm:
+    """An engine without aliases."""
+    return FakeVllm()
+
+
+@pytest.fixture
+def engine(vllm: FakeVllm, gateway: Gateway) -> Iterator[BehindGateway]:
+    """Its client, as the configuration makes it."""
+    with served(vllm) as url:
+        client = build(Settings(kind="vllm", urls=[url], timeout_seconds=5.0), gateway.admin_socket)
+        assert isinstance(client, BehindGateway)
+        yield client
+        client.close()
+
+
+def canaries(version: Version) -> list[Canary]:
+    """One canary of a version."""
+    return [canary(version.path)]
+
+
+class Player(threading.Thread):
+    """Asks again and again, every second time as a stream, and keeps what was wrong."""
+
+    def __init__(self, gateway: Gateway, number: int) -> None:
+        super().__init__()
+        self._gateway, self._number = gateway, number
+        self.done: Counter[str] = Counter()
+        self.faults: list[str] = []
+        self.stop = threading.Event()
+
+    def run(self) -> None:
+        """Until told to stop. No retries: one failed request would be one too many."""
+        with openai.OpenAI(base_url=self._gateway.url + "/v1", api_key="-", max_retries=0, timeout=30) as client:
+            for turn in itertools.count():
+                if self.stop.is_set():
+                    return
+                try:
+                    self._check(*(self._stream(client) if turn % 2 else self._whole(client)))
+                except openai.OpenAIError as error:
+                    self.faults.append(repr(error))
+
+    def _whole(self, client: openai.OpenAI) -> tuple[set[str], str]:
+        found = client.chat.completions.with_raw_response.create(model="npc", messages=[])
+        answer = found.parse()
+        return {answer.model, found.headers["x-adapter-version"]}, answer.choices[0].message.content or ""
+
+    def _stream(self, client: openai.OpenAI) -> tuple[set[str], str]:
+        with client.chat.completions.create(model="npc", messages=[], stream=True) as stream:
+            chunks = list(stream)
+            named = {chunk.model for chunk in chunks} | {stream.response.headers["x-adapter-version"]}
+        return named, "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+    def _check(self, named: set[str], text: str) -> None:
+        words = text.split()
+        if len(words) != 5 or len(named | set(words)) != 1:
+            self.faults.append(f"{named} said {text}")
+        self.done.update(named)
+
+
+@contextlib.contextmanager
+def echo_engine() -> Iterator[str]:
+    """The fake vLLM that answers by names, as a process; its url."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "uvicorn", "echo_engine:app", "--app-dir", str(Path(__file__).parent),
+               "--port", str(port), "--log-level", "warning", "--no-access-log", "--lifespan", "off"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def asked(players: list[Player]) -> int:
+    """Answers so far."""
+    return sum(player.done.total() for player in players)
+
+
+def swap_under_load(engine: Engine, versions: list[Version], players: list[Player], requests: int) -> None:
+    """Version after version is loaded, proven and pointed to, the oldest unloaded, each after its share of requests."""
+    for player in players:
+        player.start()
+    try:
+        for version in versions:
+            before = asked(players)
+            assert activate(engine, "npc", version, canaries(version)).version == version.name
+            wait(lambda at=before: asked(players) - at >= requests / len(versions), 60, "load")
+    finally:
+        for player in players:
+            player.stop.set()
+        for player in players:
+            player.join(60)
+
+
+def test_a_hundred_swaps_under_ten_thousand_requests(gateway: Gateway, tmp_path: Path) -> None:
+    """8 players with the openai client, every second answer a stream: none fails, none mixes versions.
+
+    The engine keeps three versions of a hundred and one, so a request that a swap sends astray is a 404.
+    """
+    versions = [Version(model="npc", number=number, path=tmp_path / f"{number:04d}") for number in range(101)]
+    for version in versions:
+        version.path.mkdir()
+    players = [Player(gateway, number) for number in range(8)]
+    with echo_engine() as url:
+        engine = build(Settings(kind="vllm", urls=[url], timeout_seconds=10.0), gateway.admin_socket)
+        wait(lambda: engine.health().ok, 60, "the engine's start")
+        activate(engine, "npc", versions[0], canaries(versions[0]))
+        swap_under_load(engine, versions[1:], players, 10_000)
+        assert len(engine.loaded()) == 3
+        engine.close()
+    assert [fault for player in players for fault in player.faults] == []
+    done = sum((player.done for player in players), Counter())
+    assert done.total() >= 10_000 and len(done) >= 95
+
+
+def swap_and_kill(
+    gateway: Gateway, engine: BehindGateway, vllm: FakeVllm, version: Version, draw: random.Random
+) -> None:
+    """One activation, while gateway or engine dies at a random moment."""
+
+    def swap() -> None:
+        with contextlib.suppress(EngineUnavailable, EngineRefused):  # the reconciliation below tries again
+            activate(engine, "npc", version, canaries(version))
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    time.sleep(draw.uniform(0.0, 0.06))
+    if draw.random() < 0.7:
+        gateway.kill()
+    else:
+        vllm.restart()
+    thread.join(30)
+
+
+def check_kills(gateway: Gateway, engine: BehindGateway, vllm: FakeVllm, versions: list[Version], kills: int) -> None:
+    """After each kill: the table is whole at once, and one reconciliation later the alias points to LIVE."""
+    draw, live = random.Random(5), versions[0]
+    for turn in range(kills):
+        swap_and_kill(gateway, engine, vllm, versions[turn % len(versions)], draw)
+        assert gateway.process is not None
+        if gateway.process.poll() is not None:
+            gateway.start()
+        live = draw.choice(versions)  # what the daemon's database says, whatever the swap came to
+        done = reconcile(engine, [Desired(alias="npc", version=live, canaries=canaries(live))], "another life")
+        assert not done.errors and engine.aliases() == {"npc": live.name}
+        assert gateway.admin("POST", "/v1/completions", ASKED).headers["x-adapter-version"] == live.name
+
+
+@LEFT_OPEN
+def test_kills_between_the_steps_of_a_swap(
+    gateway: Gateway, engine: BehindGateway, vllm: FakeVllm, versions: list[Version]
+) -> None:
+    """Gateway and engine, six times."""
+    check_kills(gateway, engine, vllm, versions, 6)
+
+
+@LEFT_OPEN
+@pytest.mark.slow
+def test_two_hundred_kills_between_the_steps_of_a_swap(
+    gateway: Gateway, engine: BehindGateway, vllm: FakeVllm, versions: list[Version]
+) -> None:
+    """The same 200 times."""
+    check_kills(gateway, engine, vllm, versions, 200)
+
+
+@LEFT_OPEN
+def test_a_swap_with_a_thousand_requests_in_flight(gateway: Gateway) -> None:
+    """All of them end whole on the version that they began with; what comes after the swap gets the next one."""
+    chatter, requests = Chatter(), 1000
+    body = json.dumps({**ASKED, "stream": True}).encode()
+    seen: Counter[str] = Counter()
+
+    async def ask(replica: Replica) -> None:
+        exchange = await replica.send(b"/v1/completions", [(b"content-type", b"application/json")], body)
+        version = exchange.head.header(b"x-adapter-version").decode()
+        text = await exchange.body()
+        assert exchange.status == 200 and text.endswith(b"[DONE]\n\n") and text.count(version.encode()) == 10
+        seen[version] += 1
+
+    def inflight() -> int:
+        return int(gateway.admin("GET", "/inflight").json()["versions"].get("npc@0001", 0))
+
+    async def swap_in_between(url: str) -> None:
+        replica, running = Replica(gateway.url, None, 30.0, 120.0), list[asyncio.Task[None]]()
+        while len(running) < requests:  # in waves: a busy machine must not take too long to connect
+            running += [asyncio.create_task(ask(replica)) for _ in range(50)]
+            while inflight() < len(running):
+                assert not any(task.done() for task in running), [task.exception() for task in running if task.done()]
+                await asyncio.sleep(0.02)
+        assert gateway.put("npc", target("npc@0002", url)).status_code == 200
+        assert chatter.hold is not None
+        chatter.hold.set()
+        await asyncio.gather(*running, ask(replica))
+        replica.close()
+        await asyncio.sleep(0.2)  # aborted transports are closed in the loop's next turns
+
+    with engines(chatter) as (url,):
+        chatter.hold = threading.Event()
+        gateway.put("npc", target("npc@0001", url))
+        asyncio.run(swap_in_between(url))
+        assert gateway.admin("POST", "/drain", {"version": "npc@0001"}).json()["drained"]
+    assert seen == {"npc@0001": requests, "npc@0002": 1}

@@ -21,7 +21,7 @@ from daemon.trust.metric import Metric, trouble_with
 from daemon.trust.policy import Source, Trust
 from daemon.tuning_rules import Tuning
 from strategies.catalog import BY_NAME, Count, NotNegative, Positive, Strategy, key_of
-from strategies.parallel.choice import Parallel, has_gpu, refusal
+from strategies.parallel.choice import Parallel, four_bit_refusal, has_gpu, refusal
 from strategies.request import Lora, Training
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -343,6 +343,8 @@ def _check(config: Config, path: Path) -> None:
         _check_rollout(config, model, f"{place}.rollout")
         if reason := refusal(model.parallel, model.device, has_gpu()):
             raise ConfigError(f"{place}.parallel: {reason}")
+        if model.training.quantize != "none" and (reason := four_bit_refusal(model.parallel)):
+            raise ConfigError(f"{place}.training: {reason}")
         if (wrong := windows.problem(model.schedule.windows, model.schedule.blackouts)) is not None:
             raise ConfigError(f"{place}.schedule: {wrong}")
         if model.schedule.cron is not None:

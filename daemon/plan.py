@@ -24,6 +24,8 @@ CUDA_BYTES = int(0.8 * GIB)
 """Context, cuBLAS workspaces and fragmentation of one GPU: an assumption, not measured here."""
 FLOPS_CPU_THREAD, FLOPS_GPU = 0.15e12, 400e12
 """Sustained rates that are assumed where none is given: bf16 GEMM of one server core, half of an H100's."""
+NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
+"""Per weight: 4 bits, a scale of 8 for 64 weights, one of 32 for 256 scales (Dettmers et al., arXiv:2305.14314)."""
 MASTER_COPIES = 6
 """float32 vectors of n: weights, gradient, Adam's two, the start of the run, the best so far."""
 
@@ -79,6 +81,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     targets: list[str]
     bytes_per_weight: Literal[2, 4]
+    quantize: Literal["none", "nf4"] = "none"
+    """How the decoder's linear layers are kept; they are multiplied in `bytes_per_weight`."""
     micro_batch_tokens: int
     sequence_tokens: int
     recompute_layers: bool = False
@@ -153,7 +157,7 @@ def load_of(model: Model, sequence_tokens: int | None, *, is_cuda: bool) -> Load
     sequence = min(sequence_tokens or training.sequence_tokens, training.sequence_tokens)
     return Load(
         rank=model.lora.rank, targets=model.lora.targets, is_cuda=is_cuda, sequence_tokens=sequence,
-        bytes_per_weight=4 if training.precision == "float32" else 2,
+        bytes_per_weight=4 if training.precision == "float32" else 2, quantize=training.quantize,
         micro_batch_tokens=max(min(training.micro_batch_tokens, training.batch_examples * sequence), sequence),
         recompute_layers=training.recompute_layers, state_vectors=_state_vectors(model), passes=_passes(model),
     )  # fmt: skip
@@ -220,13 +224,23 @@ def memory_of(shape: Shape, load: Load) -> Memory:
     layers = shape.hidden * shape.layers + kept if load.recompute_layers else shape.layers * kept
     passing = 4 * shape.inner + 4 * shape.hidden + (0 if load.is_cuda else 2 * shape.heads * load.sequence_tokens)
     return Memory(
-        base=shape.parameters * width,
+        base=_base_bytes(shape, load),
         adapter=n * (4 * MASTER_COPIES + width),
         strategies=round(n * 4 * load.state_vectors),
         activations=tokens * width * (layers + passing),
         logits=min(CHUNK_ROWS, tokens) * shape.vocabulary * (2 * width + 4),
         runtime=CUDA_BYTES if load.is_cuda else LIBRARIES_BYTES,
     )
+
+
+def _base_bytes(shape: Shape, load: Load) -> int:
+    """In 4 bits: the linear layers, and one of them at a time in the precision in which it is multiplied."""
+    whole = shape.parameters * load.bytes_per_weight
+    if load.quantize == "none":
+        return whole
+    largest = max(inputs * outputs for inputs, outputs in shape.linears().values())
+    saved = shape.linear_parameters * (load.bytes_per_weight - NF4_BYTES)
+    return whole - round(saved) + largest * load.bytes_per_weight
 
 
 def sharded(memory: Memory, gpus: int, whole: int) -> int:
@@ -248,7 +262,13 @@ def plan(
     rate = flops or (FLOPS_GPU if gpus else FLOPS_CPU_THREAD * model.threads)
     tokens = tokens_of(model, load.sequence_tokens)
     whole = (shape.parameters - shape.linear_parameters) * load.bytes_per_weight
+    if load.quantize != "none":
+        whole = memory.base  # 4-bit weights cannot be divided
     executor, advice = propose(memory, gpus, gpu_memory_gib, whole)
+    if executor == "none" and load.quantize == "none" and gpu_memory_gib is not None:
+        small = memory_of(shape, msgspec.structs.replace(load, quantize="nf4")).total
+        if small <= gpu_memory_gib * GIB:
+            advice += f"; with quantize = 'nf4' {small / GIB:.1f} GiB on each GPU are enough"
     return Plan(
         model=name, shape=shape, load=load, parameters=shape.parameters, memory=memory, memory_total=memory.total,
         adapter_parameters=shape.adapter_parameters(load.rank, load.targets), flops_per_token=per_token,
@@ -259,8 +279,9 @@ def plan(
 
 def tokens_of(model: Model, sequence_tokens: int) -> int:
     """Of an update that begins at the schedule's threshold: new and replayed examples, every epoch."""
-    ratio = next((each.ratio + each.general_ratio for each in model.strategy if isinstance(each, Replay)), 0.0)
-    examples = model.schedule.threshold_examples / max(1 - ratio, 0.01)
+    replay = next((each for each in model.strategy if isinstance(each, Replay)), Replay(0.0, 0.0))
+    own = model.schedule.threshold_examples / max(1 - replay.ratio, 0.01)
+    examples = own / max(1 - replay.general_ratio, 0.01)  # which is a share of all of them
     return round(examples * sequence_tokens * model.training.epochs)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import safetensors.torch
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -27,6 +27,8 @@ from strategies.llama import Engine, is_supported
 from strategies.lora_linear import WINDOW_SHIFT, LoraGroup, LoraState, LoraWeights, draw_masks, lora_linear
 from strategies.parallel.contract import Backend
 from strategies.parallel.single import Single
+from strategies.quantize import Quantize, prepare
+from strategies.quantize import options as quantized
 from strategies.recompute import recompute_on_demand
 from strategies.request import Lora, write
 from strategies.token_loss import Head
@@ -68,7 +70,11 @@ class Adapter:
         self.packs = causal.config._attn_implementation == FLASH
         """Whether the layers take sequences of any lengths in one row."""
         self._widest = max(group.A.shape[1] for group in self._lora_of.values())
-        self._engine = Engine(self.decoder, self._lora_of, self.parameter) if is_supported(causal) else None
+        self._engine: Engine | None = None
+        if getattr(causal, "is_loaded_in_4bit", False):
+            self.call_layers()
+        elif is_supported(causal):
+            self._engine = Engine(self.decoder, self._lora_of, self.parameter)
         self.backend: Backend
         """The processes that share this run's work."""
         self.work_with(Single())
@@ -94,7 +100,11 @@ class Adapter:
         """Let every LoRA layer compute with the working copy and add its gradients to the flat one."""
         index = {name: place for place, name in enumerate(self.names)}
         work, slopes = self._views(self._work), self._views(self.gradient)
-        layers = [(name, layer) for name, layer in self.model.named_modules() if isinstance(layer, PeftLinear)]
+        layers = [
+            (name, layer)
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, LoraLayer) and isinstance(layer.base_layer, nn.Linear)  # a 4-bit layer is one as well
+        ]
         found: dict[nn.Module, LoraWeights] = {}
         for place, (name, layer) in enumerate(layers):
             a, b = index[f"{name}.lora_A.default.weight"], index[f"{name}.lora_B.default.weight"]
@@ -234,12 +244,12 @@ class Adapter:
         return torch.cat([found[name].float().reshape(-1) for name in names])
 
 
-def _forward_of(layer: PeftLinear, weights: LoraWeights, state: LoraState) -> Any:
+def _forward_of(layer: Any, weights: LoraWeights, state: LoraState) -> Any:
     base = cast(nn.Linear, layer.base_layer)
 
     group = LoraGroup((weights,), (slice(None),))
 
-    def forward(_: PeftLinear, x: Tensor, *__: Any, **___: Any) -> Tensor:
+    def forward(_: nn.Module, x: Tensor, *__: Any, **___: Any) -> Tensor:
         return lora_linear(x, base, group, state)
 
     return MethodType(forward, layer)
@@ -317,11 +327,12 @@ def load_adapter(
     precision: Literal["auto", "float32", "bfloat16"] = "auto",
     device: Literal["auto", "cpu", "cuda"] = "cpu",
     seed: int = 0,
+    quantize: Quantize = "none",
 ) -> Adapter:
     """Load the base model from a local directory and put a fresh adapter on it; B = 0, so it answers like the base."""
     place = device_of(device)
     dtype = compute_dtype(precision, place)
-    model, tokenizer = _load_base(base_path, dtype, place)
+    model, tokenizer = _load_base(base_path, dtype, place, quantize)
     torch.manual_seed(seed)
     config = LoraConfig(
         r=lora.rank,
@@ -341,7 +352,7 @@ def load_adapter(
     return Adapter(wrapped, tokenizer, lora, dtype)
 
 
-def _load_base(base_path: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+def _load_base(base_path: Path, dtype: torch.dtype, device: torch.device, quantize: Quantize) -> tuple[Any, Any]:
     if not (base_path / "config.json").is_file():
         raise Failure("base_missing", f"no base model at {base_path} (config.json, safetensors, tokenizer expected)")
     transformers_logging.disable_progress_bar()
@@ -350,9 +361,13 @@ def _load_base(base_path: Path, dtype: torch.dtype, device: torch.device) -> tup
     try:
         config = AutoConfig.from_pretrained(base_path, **options)
         model = AutoModelForCausalLM.from_pretrained(
-            base_path, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True, **options
-        )
+            base_path, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True,
+            **options, **quantized(quantize, dtype, device),
+        )  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(base_path, **options)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise Failure("base_unreadable", f"cannot load the base model at {base_path}: {error}") from error
-    return cast(Any, model).to(device).eval(), tokenizer
+    if quantize == "none":
+        model = cast(Any, model).to(device)
+    prepare(model)
+    return model.eval(), tokenizer

@@ -57,6 +57,9 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     rebase_every_updates: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Every so many updates a fresh adapter learns the whole replay buffer beside what is new (0: never)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantize: Literal["none", "nf4"] = "none"
+    """`nf4`: the base's linear layers in 4 bits (QLoRA): about a quarter of the memory, at the price of a base that
+    is off by their rounding; needs `eternad[qlora]`."""
     preference_beta: Positive = 0.1
     """beta of DPO and KTO for comparisons and ratings: the larger, the nearer the model stays to the version before."""
     keep_optimizer: bool = False

@@ -131,8 +131,9 @@ def update(run_directory: Path, request: RunRequest, pulse: Pulse, backend: Back
 def load(request: RunRequest) -> tuple[Adapter, Tensor]:
     """The base model with the parent's adapter, or a fresh one; (parameters,) the weights of a fresh one."""
     adapter = load_adapter(
-        request.base_path, request.lora, precision=request.training.precision, device=request.device, seed=request.seed
-    )
+        request.base_path, request.lora, precision=request.training.precision, device=request.device,
+        seed=request.seed, quantize=request.training.quantize,
+    )  # fmt: skip
     fresh = adapter.flat.clone()
     if request.parent_version is not None:
         adapter.load(request.parent_version)
@@ -244,6 +245,8 @@ def attempt(run_directory: Path, pulse: Pulse) -> RunReport:
     try:
         request = read_request(run_directory)
         run_id = request.run_id
+        if request.training.quantize != "none" and (reason := four_bit_refusal(request.parallel)):
+            raise Failure("bad_quantize", reason)
         backend = open_backend(request.parallel, request.device)
         pulse.join(backend)
         report = update(run_directory, request, pulse, backend)

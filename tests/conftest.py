@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tiny_base(directory: Path, *, seed: int = 0, layers: int = 2) -> Path:
+def make_tiny_base(directory: Path, *, seed: int = 0, layers: int = 2, hidden: int = 32) -> Path:
     """A random Llama of 60 k parameters with a byte-level tokenizer, saved like any base model."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -40,7 +40,7 @@ def make_tiny_base(directory: Path, *, seed: int = 0, layers: int = 2) -> Path:
     fast.chat_template = CHAT_TEMPLATE
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
+        vocab_size=len(vocabulary), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
         pad_token_id=2, tie_word_embeddings=True,
     )  # fmt: skip

@@ -152,9 +152,9 @@ def test_strategies_cost_state_and_passes() -> None:
 
 
 def test_tokens_of_an_update_count_what_is_rehearsed() -> None:
-    """Threshold over one minus the replayed share, times epochs and length."""
-    model = model_of(Path("base"), 4, "auto", strategy=[Replay(0.5)], schedule=Schedule(threshold_examples=10))
-    assert plan.tokens_of(model, 100) == 2 * 10 * 100 * model.training.epochs
+    """Threshold over one minus the replayed share, that over one minus the general one, times epochs and length."""
+    model = model_of(Path("base"), 4, "auto", strategy=[Replay(0.5, 0.2)], schedule=Schedule(threshold_examples=10))
+    assert plan.tokens_of(model, 100) == 2 * 10 / 0.8 * 100 * model.training.epochs
 
 
 def test_what_fits_where_is_said_with_the_keys_to_write() -> None:

@@ -45,6 +45,7 @@ def _print(found: "Plan", *, is_assumed: bool) -> None:
 
     load = found.load
     precision = "bfloat16" if load.bytes_per_weight == 2 else "float32"
+    precision = precision if load.quantize == "none" else f"4 bits, multiplied in {precision}"
     screen.say(
         f"{found.model}: {found.parameters / 1e6:,.1f} M parameters in {precision}, adapter of rank {load.rank}:"
         f" {found.adapter_parameters / 1e6:,.2f} M; {load.micro_batch_tokens} tokens per forward pass,"

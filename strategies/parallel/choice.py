@@ -29,6 +29,8 @@ PACKAGES: dict[str, tuple[str, str]] = {
     "ray": ("ray", "ray"),
 }
 """First word of an executor or a backend -> the module that it needs, and the extra that brings it."""
+DIVIDED = ("fsdp2", "fabric-fsdp2", "deepspeed-3")
+"""Backends that divide the base's weights, which must then be numbers of one kind."""
 
 
 class Parallel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -74,6 +76,18 @@ def refusal(parallel: Parallel, device: str, gpu: bool) -> str:
             " take 'deepspeed-2', which is DeepSpeed itself, or a machine with a GPU"
         )
     return missing_extra(parallel)
+
+
+def four_bit_refusal(parallel: Parallel) -> str:
+    """Why the base of a run cannot be in 4 bits and what to do, in one sentence; empty when it can."""
+    if parallel.joined_by in DIVIDED:
+        return (
+            f"quantize = 'nf4' and backend = '{parallel.joined_by}' exclude each other: a base in 4 bits cannot be"
+            " divided; take backend = 'ddp'"
+        )
+    if find_spec("bitsandbytes") is None:
+        return "quantize = 'nf4' needs the package bitsandbytes, which is not installed: pip install 'eternad[qlora]'"
+    return ""
 
 
 def missing_extra(parallel: Parallel) -> str:

@@ -2,17 +2,20 @@
 
     python tests/distributed_matrix.py DOCS/scale.md [BACKEND ...]
 
-Backends whose package is not installed keep the row that they have. Ends with status 1 when a cell is not what one
-process gives.
+Backends whose package is not installed keep the row that they have (Ray's is made by `make test-ray`, on a cluster of
+two raylets that is started for it). Ends with status 1 when a cell is not what one process gives.
 """
 
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 from conftest import ROOT, make_tiny_base
+from ray_kit import two_raylets
 from test_parallel import CELLS, TOLERANCE, difference, many, request
 
 from strategies import train
@@ -45,8 +48,11 @@ def row(name: str, base: Path, work: Path) -> list[str]:
     if executor == "torchrun":
         many(runs)
     else:
-        for run in runs:
-            subprocess.run(command(parallel, run), cwd=ROOT, capture_output=True, check=False, timeout=900)
+        with two_raylets() if executor == "ray" else nullcontext(dict(os.environ)) as environment:
+            for run in runs:
+                subprocess.run(
+                    command(parallel, run), cwd=ROOT, env=environment, capture_output=True, check=False, timeout=900
+                )
     return [cell(work / f"one-{method}", run) for method, run in zip(CELLS, runs, strict=True)]
 
 

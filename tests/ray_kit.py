@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,6 +74,17 @@ class Cluster:
             if self.nodes[number].poll() is None:
                 self.lose(number)
         self._directory.cleanup()
+
+
+@contextmanager
+def two_raylets() -> Iterator[dict[str, str]]:
+    """Two nodes with one CPU each, for a while: the environment in which they are found."""
+    found = Cluster(1)
+    try:
+        found.add(1)
+        yield found.environment
+    finally:
+        found.close()
 
 
 def workers() -> list[int]:

@@ -9,11 +9,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from ray_kit import ROOT, Cluster, workers
 from test_train import facts, finished, make_run, wait_for_step
 
-from strategies.parallel.choice import Parallel
+from strategies.parallel.choice import BackendName, Parallel
 from strategies.request import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TRAINED
 
 pytestmark = [
@@ -52,15 +53,21 @@ def wait_for_checkpoint(directory: Path) -> None:
         time.sleep(0.2)
 
 
-def test_two_nodes_make_the_adapter_of_one_process(cluster: Cluster, tiny_base: Path, tmp_path: Path) -> None:
-    """The same losses and weights; the report says who made it; nothing of Ray's stays in the run directory."""
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
+def test_two_nodes_make_the_adapter_of_one_process(
+    cluster: Cluster, tiny_base: Path, tmp_path: Path, backend: BackendName
+) -> None:
+    """The same losses and weights; the report says who made it; nothing of Ray's stays in the run directory.
+
+    EWC, on both backends; the other methods are compared by `distributed_matrix.py`, which `make test-ray` runs.
+    """
     from test_parallel import alone, difference, request
 
     alone(tiny_base, tmp_path / "alone", "ewc")
-    request(tiny_base, tmp_path / "ray", "ewc", parallel=TWO)
+    request(tiny_base, tmp_path / "ray", "ewc", parallel=msgspec.structs.replace(TWO, backend=backend))
     assert start(cluster, tmp_path / "ray").wait() == EXIT_TRAINED
     report = finished(tmp_path / "ray")
-    assert (report.status, report.backend, report.processes) == ("trained", "ddp", 2)
+    assert (report.status, report.backend, report.processes) == ("trained", backend, 2)
     assert difference(tmp_path / "alone", tmp_path / "ray") < 1e-5
     assert not (tmp_path / "ray" / "ray").exists()
 

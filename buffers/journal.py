@@ -8,6 +8,7 @@ the caller's transaction, so that rows, file offsets and markers become durable 
 import sqlite3
 import time
 from collections.abc import Iterable
+from itertools import islice
 from typing import Protocol
 
 import msgspec
@@ -78,6 +79,10 @@ MIGRATIONS: list[tuple[str, str]] = [
 ]
 
 
+CHUNK = 500
+"""So many examples are looked up at once."""
+
+
 class Added(msgspec.Struct):
     """What became of the examples that were handed to `add`."""
 
@@ -99,11 +104,17 @@ class Share(msgspec.Struct, frozen=True):
 class Kin(Protocol):
     """Knows which stored examples say nearly the same as one that comes in."""
 
+    def expect(self, examples: Iterable[Example]) -> None:
+        """These are asked about next: look them up together."""
+
     def side(self, example: Example) -> str | None:
         """The side of the hold-out on which one stands that an evaluation could not tell apart; None without one."""
 
-    def note(self, example: Example, example_id: int) -> None:
+    def note(self, example: Example, example_id: int, split: str) -> None:
         """An example was stored."""
+
+    def flush(self) -> None:
+        """That was all: write what was noted."""
 
 
 class Pending(msgspec.Struct):
@@ -132,64 +143,115 @@ def add(
     that says what a stored one says, as far as `kin` can tell: nothing that is tested on is trained on.
     """
     now = time.time() if now is None else now
-    added = Added()
-    totals = connection.execute(
-        "SELECT distinct_examples, heldout FROM intake WHERE model = ?", (model,)
-    ).fetchone() or (0, 0)
-    distinct, heldout = int(totals[0]), int(totals[1])
-    start = (distinct, heldout)
-    for example, origin in items:
-        digest = content_hash(example)
-        row = connection.execute("SELECT id FROM example WHERE model = ? AND hash = ?", (model, digest)).fetchone()
-        if row is not None:
-            connection.execute("UPDATE example SET copies = copies + 1 WHERE id = ?", row)
-            added.duplicates += 1
-            added.ids.append(row[0])
-            continue
+    adding = _Adding(connection, model, heldout_fraction, split, now, kin)
+    rest = iter(items)
+    while chunk := list(islice(rest, CHUNK)):
+        adding.add(chunk)
+    adding.end()
+    return adding.added
+
+
+class _Adding:
+    """One call of `add`, chunk by chunk: what is known of a whole chunk is looked up at once."""
+
+    def __init__(
+        self, connection: sqlite3.Connection, model: str, fraction: float, split: Split | None, now: float,
+        kin: Kin | None,
+    ) -> None:  # fmt: skip
+        self._connection, self._model, self._fraction = connection, model, fraction
+        self._split, self._now, self._kin = split, now, kin
+        self.added = Added()
+        totals = connection.execute(
+            "SELECT distinct_examples, heldout FROM intake WHERE model = ?", (model,)
+        ).fetchone() or (0, 0)
+        self._distinct, self._heldout = int(totals[0]), int(totals[1])
+        self._start = (self._distinct, self._heldout)
+
+    def add(self, chunk: list[tuple[Example, Origin]]) -> None:
+        """Store a chunk."""
+        digests = [content_hash(example) for example, _ in chunk]
+        ids = _ids(self._connection, self._model, digests)
+        fresh = [example for (example, _), digest in zip(chunk, digests, strict=True) if digest not in ids]
+        asked = {prompt_hash(example) for example in fresh}
+        sides = _sides(self._connection, self._model, asked)
+        if self._kin is not None and self._split != "eval":
+            self._kin.expect(fresh)
+        for (example, origin), digest in zip(chunk, digests, strict=True):
+            if digest in ids:
+                self._connection.execute("UPDATE example SET copies = copies + 1 WHERE id = ?", (ids[digest],))
+                self.added.duplicates += 1
+            else:
+                ids[digest] = self._store(example, origin, digest, sides)
+            self.added.ids.append(ids[digest])
+
+    def _store(self, example: Example, origin: Origin, digest: str, sides: dict[str, str]) -> int:
         asked = prompt_hash(example)
-        side = split or _joined(connection, model, asked, example, kin) or _next(distinct, heldout, heldout_fraction)
-        cursor = connection.execute(
+        side = self._split or self._joined(example, sides.get(asked))
+        side = side or _next(self._distinct, self._heldout, self._fraction)
+        sides.setdefault(asked, side)
+        cursor = self._connection.execute(
             "INSERT INTO example (model, hash, prompt_hash, shape, body, characters, split, collection, source,"
             " subject, record_id, origin_file, origin_line, weight, ingested_at)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
-                model, digest, asked, example.shape, canonical(example), len(example.completion) + _length(example),
-                side, origin.collection, origin.source, origin.subject, origin.record_id, origin.file, origin.line,
-                reservoir_weight(digest), now,
+                self._model, digest, asked, example.shape, canonical(example),
+                len(example.completion) + _length(example), side, origin.collection, origin.source, origin.subject,
+                origin.record_id, origin.file, origin.line, reservoir_weight(digest), self._now,
             ),
         )  # fmt: skip
-        added.new += 1
-        added.ids.append(int(cursor.lastrowid or 0))
-        if kin is not None and side != "eval":
-            kin.note(example, added.ids[-1])
+        self.added.new += 1
+        identity = int(cursor.lastrowid or 0)
         if side != "eval":
-            distinct += 1
-            heldout += side == "heldout"
-            added.heldout += side == "heldout"
-    connection.execute(
-        "INSERT INTO intake (model, distinct_examples, heldout, duplicates) VALUES (?, ?, ?, ?) ON CONFLICT (model) DO"
-        " UPDATE SET distinct_examples = distinct_examples + excluded.distinct_examples,"
-        " heldout = heldout + excluded.heldout, duplicates = duplicates + excluded.duplicates",
-        (model, distinct - start[0], heldout - start[1], added.duplicates),
+            if self._kin is not None:
+                self._kin.note(example, identity, side)
+            self._distinct += 1
+            self._heldout += side == "heldout"
+            self.added.heldout += side == "heldout"
+        return identity
+
+    def _joined(self, example: Example, side: str | None) -> Split | None:
+        """The side of a stored example that an evaluation could not tell from this one."""
+        found = side if side is not None else None if self._kin is None else self._kin.side(example)
+        if found is None or found == "eval":
+            return None
+        return "heldout" if found == "heldout" else "train"
+
+    def end(self) -> None:
+        """Bring the running totals up to date."""
+        if self._kin is not None:
+            self._kin.flush()
+        self._connection.execute(
+            "INSERT INTO intake (model, distinct_examples, heldout, duplicates) VALUES (?, ?, ?, ?) ON CONFLICT (model)"
+            " DO UPDATE SET distinct_examples = distinct_examples + excluded.distinct_examples,"
+            " heldout = heldout + excluded.heldout, duplicates = duplicates + excluded.duplicates",
+            (
+                self._model, self._distinct - self._start[0], self._heldout - self._start[1], self.added.duplicates,
+            ),
+        )  # fmt: skip
+
+
+def _ids(connection: sqlite3.Connection, model: str, digests: list[str]) -> dict[str, int]:
+    """`{hash: row}` of those that are stored."""
+    rows = connection.execute(
+        "SELECT hash, id FROM example WHERE model = ? AND hash IN (SELECT value FROM json_each(?))",
+        (model, msgspec.json.encode(digests).decode()),
     )
-    return added
+    return dict(rows.fetchall())
+
+
+def _sides(connection: sqlite3.Connection, model: str, asked: set[str]) -> dict[str, str]:
+    """`{prompt hash: split}` of an example that asks the same."""
+    rows = connection.execute(
+        "SELECT value, (SELECT split FROM example WHERE model = ? AND prompt_hash = value LIMIT 1) FROM json_each(?)",
+        (model, msgspec.json.encode(list(asked)).decode()),
+    )
+    return {str(prompt): str(split) for prompt, split in rows if split is not None}
 
 
 def _length(example: Example) -> int:
     if isinstance(example.prompt, str):
         return len(example.prompt)
     return sum(len(message.content) for message in example.prompt)
-
-
-def _joined(connection: sqlite3.Connection, model: str, asked: str, example: Example, kin: Kin | None) -> Split | None:
-    """The side of a stored example that an evaluation could not tell from this one."""
-    row = connection.execute(
-        "SELECT split FROM example WHERE model = ? AND prompt_hash = ? LIMIT 1", (model, asked)
-    ).fetchone()
-    found = row[0] if row is not None else None if kin is None else kin.side(example)
-    if found is None or found == "eval":
-        return None
-    return "heldout" if found == "heldout" else "train"
 
 
 def _next(distinct: int, heldout: int, fraction: float) -> Split:

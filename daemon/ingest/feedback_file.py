@@ -6,6 +6,7 @@ replaced is read from its start again, and the record ids take care of the doubl
 
 import hashlib
 import os
+import time
 from itertools import islice
 
 import msgspec
@@ -22,20 +23,23 @@ from daemon.state.files import FileRow, Finished
 from daemon.trust.policy import rules_of
 
 BATCH_LINES = 1000
-BATCHES_PER_CALL = 20
-"""About a second's work: the daemon's loop must turn."""
+BATCHES_PER_CALL, TURN_SECONDS = 20, 1.0
+"""What comes first ends a call: the daemon's loop must turn."""
 HEAD_BYTES, TAIL_BYTES = 4096, 64
 
 
 def read_feedback(
     connection: Connection, config: Config, finished: Finished, place: Place, descriptor: int, now: float
 ) -> Outcome:
-    """Take in the complete lines that are new, at most `BATCHES_PER_CALL` batches of them."""
+    """Take in the complete lines that are new, at most `BATCHES_PER_CALL` batches of them and about a second long."""
     outcome = Outcome(path=finished.path, model=place.model)
     signature = signature_of(os.fstat(descriptor))
     row = _resume(connection, finished, descriptor, now)
     lines = read_lines(descriptor, row.offset, row.lines + 1, line_bytes_max=config.watch.line_bytes_max)
-    for _ in range(BATCHES_PER_CALL):
+    ends = time.monotonic() + TURN_SECONDS
+    for number in range(BATCHES_PER_CALL):
+        if number and time.monotonic() >= ends:
+            break
         batch = list(islice(lines, BATCH_LINES))
         row = msgspec.structs.replace(row, signature=signature)
         row = _advanced(row, batch, descriptor, is_end=len(batch) < BATCH_LINES)

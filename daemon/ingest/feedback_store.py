@@ -81,11 +81,12 @@ def store(
         if any(eval_grams.meets(connection, place.model, decontaminate.grams(example)) for example in each.examples):
             why_not[each.identity] = why_not[each.identity] or "it stands in eval/"
     candidates = [each for each in fresh if each.examples and not why_not[each.identity]]
-    doubts = trust.doubts(connection, config.trust, place.model, place.source, candidates, now)
+    kin = Kin(connection, place.model)
+    doubts = trust.doubts(connection, config.trust, kin, place.source, candidates, now)
     learned = [each for each in candidates if each.identity not in doubts]
     added = journal.add(
         connection, place.model, _items(learned, place, path), heldout_fraction=config.watch.heldout_fraction, now=now,
-        kin=Kin(connection, place.model),
+        kin=kin,
     )  # fmt: skip
     ids = iter(added.ids)
     in_journal = {each.identity: [next(ids) for _ in each.examples] for each in learned}

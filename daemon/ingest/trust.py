@@ -11,13 +11,13 @@ import msgspec
 
 from buffers.example import Example
 from daemon.ingest.feedback import Record, examples_of, read
-from daemon.ingest.kinship import Kin, teaches
+from daemon.ingest.kinship import Kin, Text, teaches
 from daemon.state import records, standing
 from daemon.state.database import Connection
 from daemon.state.likeness import COMPARED_MAX, SUPPORTERS_MAX, Waiting
 from daemon.trust import blocklist, drift
 from daemon.trust.drift import Saying
-from daemon.trust.likeness import asked, likeness, said
+from daemon.trust.likeness import asked
 from daemon.trust.policy import DAY_SECONDS, Trust, is_trusted, rules_of
 
 RECENT_SECONDS = 3600.0
@@ -50,14 +50,14 @@ class Doubt(msgspec.Struct, frozen=True):
 
 
 def doubts(
-    connection: Connection, trust: Trust, model: str, source: str, candidates: Sequence[Judged], now: float
+    connection: Connection, trust: Trust, kin: Kin, source: str, candidates: Sequence[Judged], now: float
 ) -> dict[str, Doubt]:
     """`{id: doubt}` of the records that are not learned from now; the others are.
 
     Runs inside the transaction that stores them. Whatever the doubt, the subject of such a record does not use up its
     share with it. Raises `BadBlocklist`.
     """
-    judge = _Judge(connection, trust, model, source, candidates, now)
+    judge = _Judge(connection, trust, kin, source, candidates, now)
     found = {each.identity: doubt for each in candidates if (doubt := judge.doubt(each)) is not None}
     believed = [each for each in candidates if each.identity not in found]
     return found if judge.is_trusted else found | judge.drifting(believed)
@@ -66,7 +66,7 @@ def doubts(
 class _Entry(NamedTuple):
     """A record of the batch that is learned from."""
 
-    text: str
+    text: Text
     example: Example
     identity: str
 
@@ -75,18 +75,23 @@ class _Judge:
     """One batch of one source, record by record: what the earlier ones of it said counts for the later ones."""
 
     def __init__(
-        self, connection: Connection, trust: Trust, model: str, source: str, candidates: Sequence[Judged], now: float
+        self, connection: Connection, trust: Trust, kin: Kin, source: str, candidates: Sequence[Judged], now: float
     ) -> None:
         self._connection, self._source, self._now = connection, source, now
         self._rules, self.is_trusted = rules_of(trust, source), is_trusted(trust, source)
         self._blocked = blocklist.load(trust.blocklist_file)
-        self._kin = Kin(connection, model)
+        self._kin = kin
         subjects = {each.record.subject.id for each in candidates}
         self._spent = records.learned_since(connection, subjects, now - DAY_SECONDS)
         self._known = standing.known_since(connection, subjects)
         self._batch: dict[int, list[_Entry]] = {}
         """By band."""
         self._asked: dict[tuple[str, tuple[str, bool | None]], list[Waiting]] = {}
+        self._heard: dict[str, Example | None] = {}
+        """What waiting records say."""
+        if not self.is_trusted and self._rules.likeness_max < 1:
+            kin.expect(each.examples[0] for each in candidates)
+            kin.expect_waiting(each.examples[0] for each in candidates if self._is_new(each.record.subject.id))
 
     def doubt(self, each: Judged) -> Doubt | None:
         """Why one record is not learned from now, or None."""
@@ -123,23 +128,23 @@ class _Judge:
             return Doubt("alike", f"it says what the record {learned.identity} says", "stored")
         doubt = self._probation(each, subject)
         if doubt is None:
-            entry = _Entry(said(example), example, each.identity)
-            for key in self._kin.keys(entry.text):
+            entry = _Entry(self._kin.text(example), example, each.identity)
+            for key in entry.text.keys:
                 self._batch.setdefault(key, []).append(entry)
         return doubt
 
     def _learned_in_batch(self, example: Example, least: float) -> "_Entry | None":
         """An earlier record of the batch that says nearly the same, and is not in the journal yet."""
-        text = said(example)
-        met = {each.identity: each for key in self._kin.keys(text) for each in self._batch.get(key, [])[-COMPARED_MAX:]}
-        alike = [each for each in met.values() if likeness(text, each.text) >= least]
+        text = self._kin.text(example)
+        met = {each.identity: each for key in text.keys for each in self._batch.get(key, [])[-COMPARED_MAX:]}
+        alike = [each for each in met.values() if text.likeness(each.text) >= least]
         if any(each.example == example for each in alike):
             return None
         return next((each for each in alike if teaches(each.example) == teaches(example)), None)
 
     def _probation(self, each: Judged, subject: str) -> Doubt | None:
         rules, now = self._rules, self._now
-        if now - self._known.get(subject, now) >= rules.probation_seconds:
+        if not self._is_new(subject):
             return None
         waiting = self._waiting(each.examples[0])
         others = {other.subject for other in waiting}
@@ -151,14 +156,24 @@ class _Judge:
             self._kin.wait(each.examples[0], each.identity)
         return Doubt("probation", f"its subject is new, and {supporters} of {rules.probation_subjects} say the like")
 
+    def _is_new(self, subject: str) -> bool:
+        return self._now - self._known.get(subject, self._now) < self._rules.probation_seconds
+
     def _waiting(self, example: Example) -> list[Waiting]:
         """Records in probation that say the like; a flood asks the same again and again."""
-        text, least = said(example), self._rules.likeness_max
-        key = (text, teaches(example))
+        key = (self._kin.text(example).said, teaches(example))
         if key not in self._asked:
-            found = self._kin.waiting(example) if least < 1 else []
-            self._asked[key] = [each for each in found if _is_alike(each, self._kin.model, example, least)]
+            found = self._kin.waiting(example) if self._rules.likeness_max < 1 else []
+            self._asked[key] = [each for each in found if self._is_alike(each, example)]
         return self._asked[key]
+
+    def _is_alike(self, waiting: Waiting, example: Example) -> bool:
+        if waiting.id not in self._heard:
+            # what a float says depends on its subject's others: in probation it vouches for nobody
+            said = examples_of(read(msgspec.json.decode(waiting.body), self._kin.model))[:1]
+            self._heard[waiting.id] = said[0] if said else None
+        other, least = self._heard[waiting.id], self._rules.likeness_max
+        return other is not None and teaches(other) == teaches(example) and self._kin.likeness(example, other) >= least
 
     def drifting(self, believed: Sequence[Judged]) -> dict[str, Doubt]:
         """Those of a batch that must wait because it is unlike the past of its source."""
@@ -183,9 +198,3 @@ def _texts(example: Example) -> Iterator[str]:
     yield example.completion
     if example.rejected is not None:
         yield example.rejected
-
-
-def _is_alike(waiting: Waiting, model: str, example: Example, least: float) -> bool:
-    # what a float says depends on its subject's others: in probation it vouches for nobody
-    told = examples_of(read(msgspec.json.decode(waiting.body), model))[:1]
-    return any(teaches(each) == teaches(example) and likeness(said(example), said(each)) >= least for each in told)

@@ -1,6 +1,9 @@
-"""Which stored examples and waiting records share a band with a text (see `daemon.trust.likeness`)."""
+"""Which stored examples and waiting records share a band with a text (see `daemon.trust.likeness`).
 
-from collections.abc import Iterable
+Asked for many texts at once: a statement for each of them would cost more than the comparing.
+"""
+
+from collections.abc import Collection, Iterable
 
 import msgspec
 
@@ -30,38 +33,60 @@ class Waiting(msgspec.Struct, frozen=True):
     body: bytes
 
 
-def note(connection: Connection, keys: Iterable[int], example_id: int) -> None:
-    """Find an example by its bands from now on, inside the caller's transaction."""
-    connection.executemany("INSERT OR IGNORE INTO example_band VALUES (?, ?)", ((key, example_id) for key in keys))
+def note(connection: Connection, rows: Iterable[tuple[int, int]]) -> None:
+    """Find examples by their bands from now on, inside the caller's transaction: rows are (band, example)."""
+    connection.executemany("INSERT OR IGNORE INTO example_band VALUES (?, ?)", rows)
 
 
-def stored(connection: Connection, keys: Iterable[int]) -> list[Stored]:
-    """Examples that share a band and still count, newest first."""
+def near(connection: Connection, keys: Collection[int]) -> dict[int, list[int]]:
+    """`{band: examples}`, the newest `COMPARED_MAX` of each band, newest first; every key is in it."""
     found = connection.execute(
-        "SELECT id, split, body FROM example WHERE id IN (SELECT example_id FROM example_band"
-        " WHERE band IN (SELECT value FROM json_each(?)) ORDER BY example_id DESC LIMIT ?)"
-        " AND state NOT IN ('retracted', 'rejected') ORDER BY id DESC",
-        (msgspec.json.encode(list(keys)).decode(), COMPARED_MAX),
+        "SELECT value, (SELECT group_concat(example_id) FROM (SELECT example_id FROM example_band WHERE band = value"
+        " ORDER BY example_id DESC LIMIT ?)) FROM json_each(?)",
+        (COMPARED_MAX, _json(keys)),
+    )
+    return {band: [int(each) for each in ids.split(",")] if ids else [] for band, ids in found}
+
+
+def stored(connection: Connection, ids: Collection[int]) -> list[Stored]:
+    """Those of the examples that still count."""
+    found = connection.execute(
+        "SELECT id, split, body FROM example WHERE id IN (SELECT value FROM json_each(?))"
+        " AND state NOT IN ('retracted', 'rejected')",
+        (_json(ids),),
     )
     return [Stored(identity, split, parse(body)) for identity, split, body in found]
 
 
-def wait(connection: Connection, keys: Iterable[int], model: str, record_id: str) -> None:
-    """Find a record in probation by its bands from now on, inside the caller's transaction."""
+def wait(connection: Connection, model: str, rows: Iterable[tuple[int, str]]) -> None:
+    """Find records in probation by their bands from now on, inside the caller's transaction: rows are (band, id)."""
     connection.executemany(
-        "INSERT OR IGNORE INTO waiting_band VALUES (?, ?, ?)", ((key, model, record_id) for key in keys)
+        "INSERT OR IGNORE INTO waiting_band VALUES (?, ?, ?)", ((band, model, identity) for band, identity in rows)
     )
 
 
-def waiting(connection: Connection, keys: Iterable[int], model: str) -> list[Waiting]:
-    """Records in probation that share a band, the oldest ids first (UUIDv7 and ULID grow with time)."""
+def near_waiting(connection: Connection, model: str, keys: Collection[int]) -> dict[int, list[str]]:
+    """`{band: records}`, the `SUPPORTERS_MAX` oldest ids of each band (UUIDv7 and ULID grow with time)."""
     found = connection.execute(
-        "SELECT id, subject, ingested_at, body FROM record WHERE model = ?1 AND state = 'held' AND code = 'probation'"
-        " AND id IN (SELECT DISTINCT record_id FROM waiting_band"
-        " WHERE model = ?1 AND band IN (SELECT value FROM json_each(?2)) ORDER BY record_id LIMIT ?3)",
-        (model, msgspec.json.encode(list(keys)).decode(), SUPPORTERS_MAX),
+        "SELECT value, (SELECT group_concat(record_id) FROM (SELECT record_id FROM waiting_band WHERE band = value"
+        " AND model = ? ORDER BY record_id LIMIT ?)) FROM json_each(?)",
+        (model, SUPPORTERS_MAX, _json(keys)),
+    )
+    return {band: ids.split(",") if ids else [] for band, ids in found}
+
+
+def waiting(connection: Connection, model: str, ids: Collection[str]) -> list[Waiting]:
+    """Those of the records that still are in probation."""
+    found = connection.execute(
+        "SELECT id, subject, ingested_at, body FROM record WHERE model = ? AND state = 'held' AND code = 'probation'"
+        " AND id IN (SELECT value FROM json_each(?))",
+        (model, _json(ids)),
     )
     return [Waiting(*row) for row in found]
+
+
+def _json(values: Collection[int] | Collection[str]) -> str:
+    return msgspec.json.encode(list(values)).decode()
 
 
 def forget_orphans(connection: Connection) -> None:

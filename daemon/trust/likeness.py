@@ -6,6 +6,7 @@ with the probability 1 - (1 - s^ROWS)^BANDS: 0.93 at 0.8, 0.995 at 0.9, 0.006 at
 """
 
 import re
+from collections.abc import Collection, Set
 from hashlib import blake2b
 
 from buffers.example import Example
@@ -37,10 +38,15 @@ def asked(example: Example) -> str:
 
 def bands(model: str, text: str) -> list[int]:
     """56-bit keys of a text: texts that are alike share one of them."""
+    return keys(model, runs(text))
+
+
+def keys(model: str, parts: Collection[str]) -> list[int]:
+    """The bands of a text by its runs."""
     from rensa import RMinHash  # type: ignore[attr-defined]  # lazily: 1 MiB, needed where something is taken in
 
     minhash = RMinHash(num_perm=ROWS * BANDS, seed=_SEED)
-    minhash.update(list(_runs(text)))
+    minhash.update(list(parts))
     digest = minhash.digest()
     return [_key(model, band, digest[band * ROWS : (band + 1) * ROWS]) for band in range(BANDS)]
 
@@ -52,11 +58,15 @@ def _key(model: str, band: int, rows: list[int]) -> int:
 
 def likeness(one: str, other: str) -> float:
     """Jaccard similarity of two texts as `said` gives them, 0 to 1."""
-    if one == other:
-        return 1.0
-    first, second = _runs(one), _runs(other)
-    return len(first & second) / len(first | second)
+    return 1.0 if one == other else overlap(runs(one), runs(other))
 
 
-def _runs(text: str) -> set[str]:
+def overlap(first: Set[str], second: Set[str]) -> float:
+    """Jaccard similarity of the runs of two texts, 0 to 1."""
+    shared = len(first & second)
+    return shared / (len(first) + len(second) - shared)
+
+
+def runs(text: str) -> Set[str]:
+    """All runs of `RUN` characters; a shorter text is one itself."""
     return {text[start : start + RUN] for start in range(max(len(text) - RUN + 1, 1))}

@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gateway test-distributed check bench bench-forgetting bench-poison soak bench-controls bench-resident test-llama-server test-vllm wheel-check clean
+.PHONY: help install demo test test-slow test-gateway test-distributed check bench bench-forgetting bench-poison bench-preference test-trl soak bench-controls bench-resident test-llama-server test-vllm wheel-check clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -88,6 +88,13 @@ bench: install ## our training step, ingest and swap against the peers
 
 bench-forgetting: install ## sequences of tasks: what each strategy keeps
 	$(BIN)/python -m bench.forgetting
+
+bench-preference: install ## comparisons, ratings and stars learned after facts: held-out preferences, and the facts
+	$(BIN)/python -m bench.preference --base $(BASE)
+
+test-trl: install ## DPO and KTO against TRL's own losses on the same numbers (TRL goes into .venv-bench)
+	$(BIN)/python -c "from bench.speed import make_peers_environment; make_peers_environment()"
+	$(BIN)/python -m pytest -m slow tests/test_preference.py
 
 bench-poison: install ## fifty attacks through the intake: what trust lets through, trained and judged
 	$(BIN)/python -m bench.poison --train $(BASE)

@@ -1,19 +1,23 @@
 """DPO and KTO against numbers computed by TRL 0.11.4's own functions, and by hand; and in the real loop."""
 
+import json
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from strategies.adapter import load_adapter
-from strategies.dataset import Item, batches
-from strategies.forward import completion_logprobs
+from strategies.adapter import Adapter, load_adapter
+from strategies.dataset import Item, batches, micro_batches
+from strategies.forward import completion_logprobs, label_states
 from strategies.preference import class_weights, dpo_loss, kto_loss, preference_losses
 from strategies.request import Lora, Training
 from strategies.template import Template, UpdateExperience
+from strategies.token_loss import row_losses
 
+PEERS = Path(__file__).resolve().parent.parent / ".venv-bench" / "bin" / "python"
 CHOSEN, REJECTED = torch.tensor([-12.5, -30.0, -7.25, -101.0]), torch.tensor([-11.0, -45.5, -7.5, -88.0])
 REFERENCE_CHOSEN = torch.tensor([-13.0, -29.0, -9.0, -97.5])
 REFERENCE_REJECTED = torch.tensor([-12.25, -40.0, -6.0, -90.0])
@@ -119,6 +123,50 @@ def loss_at_the_reference(items: list[Item]) -> float:
     first = batches(items, 3, seed=0, epoch=0)[0]
     values = [math.log(2) if item.shape == "comparison" else weights[0 if item.label else 1] / 2 for item in first]
     return sum(values) / len(values)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PEERS.exists(), reason="no TRL: `make test-trl` installs it into .venv-bench")
+def test_a_models_losses_are_what_trl_makes_of_its_log_probabilities(tiny_base: Path, tmp_path: Path) -> None:
+    """TRL 1.16's trainers are told what our model says of every token, and compute the losses of our items from it."""
+    pairs = [rated(seed, "comparison") for seed in range(6)]
+    ratings = [rated(seed, "boolean", label=seed % 3 > 0) for seed in range(10, 16)]
+    adapter = load_adapter(tiny_base, Lora(rank=4, dropout=0.0), precision="float32")
+    adapter.assign(torch.randn(adapter.flat.shape, generator=torch.Generator().manual_seed(3)) * 0.3)
+    policy = completion_logprobs(adapter, [*pairs, *ratings])
+    with adapter.disabled():
+        reference = completion_logprobs(adapter, [*pairs, *ratings])
+    told = {item: by_token(adapter, item) for item in (*pairs, *ratings)}
+    given = {
+        "beta": 0.2, "weights": class_weights(bool(item.label) for item in ratings),
+        "comparisons": [
+            {"chosen": told[item][0], "rejected": told[item][1], "reference": reference[item].tolist()}
+            for item in pairs
+        ],
+        "ratings": [
+            {"logprobs": told[item][0], "liked": item.label, "reference": float(reference[item][0])}
+            for item in ratings
+        ],
+    }  # fmt: skip
+    (tmp_path / "in.json").write_text(json.dumps(given))
+    script = Path(__file__).with_name("trl_losses.py")
+    subprocess.run([PEERS, script, tmp_path / "in.json", tmp_path / "out.json"], check=True, cwd=tmp_path)
+    found = json.loads((tmp_path / "out.json").read_text())
+    ours = preference_losses([*pairs, *ratings], beta=0.2)
+    for name, shape, items in (("dpo", "comparison", pairs), ("kto", "boolean", ratings)):
+        both = [torch.stack([each[item] for item in items]) for each in (policy, reference)]
+        torch.testing.assert_close(torch.tensor(found[name]), ours[shape](*both, items), atol=1e-4, rtol=1e-4)
+        assert max(found[name]) - min(found[name]) > 0.05
+
+
+def by_token(adapter: Adapter, item: Item) -> list[list[float]]:
+    """For each of an item's sequences what the model gives every token but the first; 0 where nothing is learned."""
+    (micro,) = micro_batches([item], 4096)
+    with torch.no_grad():
+        losses = row_losses(label_states(adapter, micro), adapter.head, micro.targets)
+    found = torch.zeros(len(micro.tokens), micro.tokens.shape[1] - 1)
+    found.view(-1)[micro.rows - micro.owner] = -losses  # a row is counted in a table that is one token wider
+    return found.tolist()
 
 
 def test_losses_by_shape_use_the_right_columns() -> None:

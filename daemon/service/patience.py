@@ -7,7 +7,7 @@ from collections.abc import Callable
 from daemon.ballast import Ballast
 from daemon.service.house import House, log
 from daemon.state.database import DatabaseError
-from daemon.state.trouble import Trouble, trouble_of
+from daemon.state.trouble import Trouble, is_read_only, trouble_of
 
 PAUSE_SECONDS, PAUSE_SECONDS_MAX = 0.5, 30.0
 LOG_SECONDS, BALLAST_SECONDS = 60.0, 60.0
@@ -57,6 +57,8 @@ class Patience:
         return {**self.counts, "ballast_released": self.ballast.released_total}
 
     def _bear(self, trouble: Trouble, error: Exception, now: float) -> None:
+        if trouble == "io_error" and is_read_only(self._house.config.state_directory):
+            trouble = "read_only"  # of a file that was open before, SQLite says only that it cannot be written
         self._failed_at = now
         self.counts["turn_failures"] += 1
         self.counts["disk_full"] += trouble == "disk_full"

@@ -6,6 +6,8 @@ wrong with the file or the run at hand. (SQLite's codes: https://www.sqlite.org/
 
 import errno
 import sqlite3
+import tempfile
+from pathlib import Path
 from typing import Literal
 
 Trouble = Literal["disk_full", "read_only", "io_error", "busy", "corrupt"]
@@ -26,3 +28,12 @@ def trouble_of(error: BaseException) -> Trouble | None:
         code = getattr(error, "sqlite_errorcode", None)  # absent on errors of the module itself
         return None if code is None else _BY_CODE.get(code & 0xFF)  # the low byte is the primary code
     return _BY_ERRNO.get(error.errno or 0) if isinstance(error, OSError) else None
+
+
+def is_read_only(directory: Path) -> bool:
+    """Whether no file can be made there; tried, since statvfs(3) does not tell of ext4 after an error (Linux 6.18)."""
+    try:
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        return error.errno == errno.EROFS
+    return False

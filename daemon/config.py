@@ -139,6 +139,9 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Count = 1
     """CPU threads of the trainer. More than the free cores is much slower than one."""
+    warm_seconds: NotNegative = 0.0
+    """After an update the next trainer waits so long with everything loaded, so that an update soon after begins
+    seconds earlier; 0: none. It holds the base's memory meanwhile, on a GPU none of the GPU's."""
     seed: int = 0
     versions_kept: Annotated[int, msgspec.Meta(ge=2)] = 10
     """Older versions are removed, but never the live one, the one before it, or one that an engine lists."""

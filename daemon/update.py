@@ -17,7 +17,9 @@ from typing import Literal
 import msgspec
 
 from buffers.experience import Recipe
+from daemon import standby as standbys
 from daemon.config import Model
+from daemon.standby import Standby, environment
 from strategies.catalog import AGem, Gem, Replay
 from strategies.parallel import launch
 from strategies.request import (
@@ -108,21 +110,25 @@ class Trainer:
         """`request.json` in place: the run keeps the configuration that it began with."""
         write(self.run_directory / "request.json", request)
 
-    def start(self, *inherited: int) -> None:
+    def start(self, *inherited: int, standby: Standby | None = None) -> None:
         """Start the child, unless one is at work on this run already. Its output goes to `train.log`.
 
-        `inherited`: descriptors of locks that it shall hold as long as it lives.
+        `inherited`: descriptors of locks that it shall hold as long as it lives; `standby`: a child that waits for it.
         """
         lock = self._lock()
         if lock is None:
+            if standby is not None:
+                standby.dismiss()
             return
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
         self._memory_kills = memory_kills()
         try:
             with (self.run_directory / "train.log").open("ab") as log:
-                self._process = subprocess.Popen(
+                taken = None if standby is None else standby.take(self.run_directory, log, lock, *inherited)
+                if taken is not None:
+                    os.pwrite(lock, str(taken.pid).encode(), 0)  # its command line does not name the run
+                self._process = taken or subprocess.Popen(
                     command_of(self.run_directory),
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment(),
                     start_new_session=True,  # its own group: a signal to the daemon's terminal is not one to the child
                     pass_fds=(lock, *inherited),
                 )  # fmt: skip
@@ -244,7 +250,11 @@ def command_of(run_directory: Path) -> list[str]:
 
 
 def find_trainer(run_directory: Path) -> int | None:
-    """The pid of a trainer that works on this run, by its command line: one that an earlier daemon has started."""
+    """The pid of a trainer that works on this run: one that an earlier daemon has started.
+
+    By its command line; a standby that took the run over is named in the run's lock.
+    """
+    holder = _holder(run_directory / "lock")
     modules = {os.fsencode(name) for name in (COMMAND[-1], *launch.MODULES)}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -252,11 +262,20 @@ def find_trainer(run_directory: Path) -> int | None:
         try:
             command = (entry / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
             is_ours = command[-2:-1] and command[-2] in modules and command[-1] == os.fsencode(run_directory)
+            is_ours = is_ours or (entry.name == holder and os.fsencode(standbys.MODULE) in command)
             if is_ours and "\nState:\tZ" not in (entry / "status").read_text():
                 return int(entry.name)
         except OSError:
             continue  # it ended while we looked
     return None
+
+
+def _holder(lock: Path) -> str:
+    """The process id in a run's lock; empty where the trainer was started for this run."""
+    try:
+        return lock.read_text("ascii")
+    except FileNotFoundError:
+        return ""
 
 
 def tail(run_directory: Path, lines: int = 3) -> str:

@@ -6,7 +6,7 @@ checkpoint are each one or two kernels instead of hundreds (AdamW over 420 tenso
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
@@ -30,7 +30,7 @@ from strategies.parallel.single import Single
 from strategies.quantize import Quantize, prepare
 from strategies.quantize import options as quantized
 from strategies.recompute import recompute_on_demand
-from strategies.request import Lora, write
+from strategies.request import Lora, Wanted, write
 from strategies.token_loss import Head
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -332,7 +332,8 @@ def load_adapter(
     """Load the base model from a local directory and put a fresh adapter on it; B = 0, so it answers like the base."""
     place = device_of(device)
     dtype = compute_dtype(precision, place)
-    model, tokenizer = _load_base(base_path, dtype, place, quantize)
+    key = _identity(base_path, dtype, place, quantize)
+    model, tokenizer = _ahead.pop(key, None) or _load_base(base_path, dtype, place, quantize)
     torch.manual_seed(seed)
     config = LoraConfig(
         r=lora.rank,
@@ -350,6 +351,28 @@ def load_adapter(
         raise Failure("bad_targets", f"LoRA targets {lora.targets} do not fit the base model: {error}") from error
     config.base_model_name_or_path = str(base_path)
     return Adapter(wrapped, tokenizer, lora, dtype)
+
+
+_ahead: dict[Hashable, tuple[Any, Any]] = {}
+"""A base that was loaded before a run asked for it, and its tokenizer; taken once: an adapter changes the model."""
+
+
+def load_ahead(wanted: Wanted) -> None:
+    """Load what the next `load_adapter` will ask for. Of GPUs and 4-bit weights only the libraries: memory waits."""
+    place = device_of(wanted.device)
+    if place.type != "cpu" or wanted.quantize != "none":
+        return
+    torch.set_num_threads(wanted.threads)
+    dtype = compute_dtype(wanted.precision, place)
+    key = _identity(wanted.base_path, dtype, place, wanted.quantize)
+    _ahead[key] = _load_base(wanted.base_path, dtype, place, wanted.quantize)
+
+
+def _identity(base_path: Path, dtype: torch.dtype, device: torch.device, quantize: Quantize) -> Hashable:
+    """Equal as long as nobody has changed a file of the base."""
+    files = [path for path in base_path.glob("*") if path.is_file()]
+    stamps = frozenset((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in files)
+    return base_path, dtype, device, quantize, stamps
 
 
 def _load_base(base_path: Path, dtype: torch.dtype, device: torch.device, quantize: Quantize) -> tuple[Any, Any]:

@@ -93,6 +93,25 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """What a trainer loads before it has a run (`strategies.warm`)."""
+
+    base_path: Path
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    quantize: Literal["none", "nf4"] = "none"
+    threads: Count = 1
+
+    def text(self) -> str:
+        """As an argument of a command line."""
+        return msgspec.json.encode(self, enc_hook=str).decode()
+
+    @classmethod
+    def read(cls, text: str) -> "Wanted":
+        """The inverse of `text`."""
+        return msgspec.json.decode(text, type=cls, dec_hook=_path)
+
+
 class Measure(msgspec.Struct, frozen=True, kw_only=True):
     """A mean with its 95 % bootstrap interval over examples."""
 

@@ -20,6 +20,7 @@ from daemon.rollout import Stage
 from daemon.service.house import House, log
 from daemon.service.rollouts import Rollouts
 from daemon.service.serving import Serving, name_of
+from daemon.standby import Standbys
 from daemon.state import rollouts, runs
 from daemon.state.database import transaction
 from daemon.state.rollouts import Trial
@@ -41,6 +42,9 @@ class Updates:
     def __init__(self, house: House, serving: Serving, rollouts: Rollouts) -> None:
         self._house, self._serving, self._rollouts = house, serving, rollouts
         self._trainers: dict[str, update.Trainer] = {}
+        self._standbys = Standbys()
+        self._trained: set[str] = set()
+        """Models whose trainer has ended and whose run has not: afterwards a standby is prepared."""
         self._steps: dict[RunState, Callable[[Run], Run | None]] = {
             "PENDING": self._begin,
             "TRAINING": self._watch,
@@ -58,6 +62,16 @@ class Updates:
             while following is not None and following.state in self._steps:
                 following = self._step(following)
         self._watch_trials_by_hand()
+        self._stand_by()
+
+    def _stand_by(self) -> None:
+        """Prepare the next trainer once a run is over: it shall not take a core from the swap."""
+        models, busy = self._house.config.models, {run.model for run in runs.active(self._house.database)}
+        for name in self._trained - busy:
+            self._trained.discard(name)
+            if name in models:
+                self._standbys.prepare(name, models[name])
+        self._standbys.look_after(models)
 
     def _step(self, run: Run) -> Run | None:
         """One of the daemon's two catch-all boundaries: a run that breaks ends with a reason, the daemon goes on."""
@@ -97,6 +111,7 @@ class Updates:
             if run.state == "TRAINING":
                 self._trainer(run).stop(STOP_SECONDS)
                 self._watch(run)
+        self._standbys.close()
 
     def directory(self, run: Run) -> Path:
         """`STATE/runs/RUN_ID/`."""
@@ -126,20 +141,20 @@ class Updates:
                     experience_sha256=cut.sha256, cache=self._house.cache, rebase=rebase,
                 )
             )  # fmt: skip
-        if not self._start(self._trainer(run)):
+        if not self._start(run.model, self._trainer(run)):
             return None
         return self._move(run, "TRAINING", pid=self._trainer(run).pid)
 
-    def _start(self, trainer: update.Trainer) -> bool:
+    def _start(self, name: str, trainer: update.Trainer) -> bool:
         """Whether the child could be started: `gpu_lock_file` may be held by another program, which is waited for."""
-        path = self._house.config.gpu_lock_file
+        path, model = self._house.config.gpu_lock_file, self._house.model(name)
         if path is None:
-            trainer.start()
+            trainer.start(standby=self._standbys.take(name, model))
             return True
         if (lock := update.take_lock(path)) is None:
             return False
         try:
-            trainer.start(lock)
+            trainer.start(lock, standby=self._standbys.take(name, model))
         finally:
             os.close(lock)  # the child holds it from here on
         return True
@@ -161,6 +176,7 @@ class Updates:
                 return self._again(run, "hang", "the trainer made no progress and was ended")
             return None
         self._trainers.pop(run.id, None)
+        self._trained.add(run.model)
         if finished.outcome == "trained":
             return self._move(run, "TRAINED", pid=None)
         if finished.outcome == "interrupted":

@@ -48,7 +48,25 @@ $(RAY)/installed: requirements-ray.lock
 	@touch $@
 
 test-ray: install $(RAY)/installed ## updates and searches on a Ray cluster of two raylets (600 MB in .cache/ray)
+	$(RAY)/bin/python tests/distributed_matrix.py docs/scale.md "Ray Train, ddp"
 	$(RAY)/bin/python -m pytest -m slow tests/test_ray_train.py tests/test_ray_tune.py
+
+QLORA := .cache/qlora
+.PHONY: test-qlora test-machines
+
+# apart: where bitsandbytes is installed peft imports it, 2.5 s of every trainer's start
+$(QLORA)/installed: requirements-qlora.lock
+	$(PYTHON) -m venv $(QLORA)
+	$(QLORA)/bin/pip install -q --no-deps --no-compile -r requirements-qlora.lock
+	site=$$($(QLORA)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+		&& printf '%s\n' $(CURDIR) $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') >$$site/eternad.pth
+	@touch $@
+
+test-qlora: install $(QLORA)/installed ## a base in 4 bits, on this CPU (124 MB in .cache/qlora)
+	$(QLORA)/bin/python -m pytest -m "slow or not slow" tests/test_quantize.py
+
+test-machines: install ## torchrun on two machines that know nothing of each other but where they meet
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_machines.py
 
 bench-tuning: install ## whether `eternad tune` finds settings that are better where it has not looked
 	$(BIN)/python -m bench.tuning

@@ -18,18 +18,23 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from demo_client import Question, Visitor, ask_all, connect, questions_of
 from demo_report import Lesson, Outcome, broken_promises, show
 from openai import APIConnectionError, NotFoundError, OpenAI
 from rich.console import Console
 
+from strategies.parallel.choice import Executor
+
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = Path(__file__).resolve().parent / "biblioteca"
 MODEL = "npc"
+EXECUTORS = get_args(Executor)
 DROPS = ("drop-1-people", "drop-2-places", "drop-3-books")
 ENTRY = Path(sys.executable).with_name("eternad")
+COMMAND = [str(ENTRY)] if ENTRY.exists() else [sys.executable, "-m", "daemon"]
+"""`eternad`; as a module where an environment sees the program and has no commands of its own (.cache/ray)."""
 CONFIG = """\
 library_directory = "library"
 state_directory = "state"
@@ -47,6 +52,10 @@ reconcile_seconds = 1.0
 base_path = "{base}"
 engine = "hall"
 general_directory = "{general}"
+
+[models.npc.parallel]
+executor = "{executor}"
+processes = {processes}
 
 [models.npc.training]
 learning_rate = 1e-3
@@ -84,7 +93,7 @@ def main() -> int:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     started = time.monotonic()
     try:
-        outcome = play(arguments.directory.absolute(), arguments.base, arguments.fast, console)
+        outcome = play(arguments, console)
     except DemoFailed as failure:
         console.print(f"[red]{failure}[/red]")
         return 1
@@ -100,6 +109,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--fast", action="store_true", help="check the machinery alone: two drops, two questions each")
     parser.add_argument("--base", type=Path, default=ROOT / ".cache" / "base" / "smollm2-135m", help="base model")
     parser.add_argument("--directory", type=Path, default=ROOT / ".demo", help="work directory, made anew")
+    parser.add_argument("--executor", default="process", choices=EXECUTORS, help="what starts an update's processes")
+    parser.add_argument("--processes", type=int, default=1, help="how many of them")
     return parser.parse_args()
 
 
@@ -110,6 +121,8 @@ class Stage:
     work: Path
     port: int
     fast: bool
+    executor: str
+    processes: int
     console: Console
     children: dict[str, subprocess.Popen[bytes]]
     """Engine and daemon, by the command that they run."""
@@ -130,11 +143,15 @@ class Stage:
         return connect(self.port)
 
 
-def play(work: Path, base: Path, fast: bool, console: Console) -> Outcome:
+def play(given: argparse.Namespace, console: Console) -> Outcome:
     """The whole demo; raises `DemoFailed`."""
-    make_base(base, console)
-    stage = Stage(work=work, port=free_port(), fast=fast, console=console, children={})
-    prepare(stage, base)
+    make_base(given.base, console)
+    work, fast = given.directory.absolute(), given.fast
+    stage = Stage(
+        work=work, port=free_port(), fast=fast, executor=given.executor, processes=given.processes, console=console,
+        children={},
+    )  # fmt: skip
+    prepare(stage, given.base)
     with ExitStack() as stack:
         console.print(f"[dim]engine and daemon start in {work} ...[/dim]")
         for command in (("serve", "hall"), ("run",)):
@@ -173,6 +190,8 @@ def prepare(stage: Stage, base: Path) -> None:
             base=base.absolute(),
             general=LIBRARY / "general",
             epochs=1 if stage.fast else 4,
+            executor=stage.executor,
+            processes=stage.processes,
         )
     )
 
@@ -181,7 +200,7 @@ def prepare(stage: Stage, base: Path) -> None:
 def running(stage: Stage, *command: str) -> Iterator[subprocess.Popen[bytes]]:
     """`eternad COMMAND` as a child process, its words in `COMMAND.log`; ends with SIGTERM."""
     with (stage.work / f"{command[0]}.log").open("wb") as file:
-        child = subprocess.Popen([ENTRY, "--config", stage.config, *command], stdout=file, stderr=file, cwd=ROOT)
+        child = subprocess.Popen([*COMMAND, "--config", stage.config, *command], stdout=file, stderr=file, cwd=ROOT)
     try:
         yield child
     finally:
@@ -195,7 +214,7 @@ def running(stage: Stage, *command: str) -> Iterator[subprocess.Popen[bytes]]:
 
 def eternad(stage: Stage, *command: str) -> Any:
     """The answer of `eternad COMMAND --json`; raises `DemoFailed` with what it said."""
-    line = [str(ENTRY), "--config", str(stage.config), *command, "--json"]
+    line = [*COMMAND, "--config", str(stage.config), *command, "--json"]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False)
     if done.returncode:
         raise DemoFailed(f"eternad {' '.join(command)} ended with {done.returncode}: {done.stderr.strip()}")

@@ -28,6 +28,7 @@ engine = "local"
     [
         (Parallel(), [sys.executable, "-m", "strategies.train"]),
         (Parallel(executor="torchrun", processes=2), ["torch.distributed.run", "--nproc-per-node=2"]),
+        (Parallel(executor="torchrun", processes=2, machines=2, meet_at="a:1"), ["strategies.machines"]),
         (Parallel(executor="horovod", processes=3), ["horovod.runner.launch", "-np", "localhost:3"]),
         (Parallel(executor="ray", processes=2), ["strategies.ray_train"]),
     ],

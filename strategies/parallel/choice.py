@@ -1,5 +1,6 @@
 """What starts the processes of an update, and what joins them; which pairs exist. Torch-free: the daemon asks here."""
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,6 +23,7 @@ PAIRS: dict[Executor, tuple[BackendName, ...]] = {
     "ray": ("ddp", "fsdp2"),
 }
 """The first backend of an executor is what `auto` means."""
+MEETING_PLACE = re.compile(r"[^\s:,=]+:\d{1,5}")
 PACKAGES: dict[str, tuple[str, str]] = {
     "fabric": ("lightning_fabric", "lightning"),
     "deepspeed": ("deepspeed", "deepspeed"),
@@ -45,6 +47,11 @@ class Parallel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What joins them; `auto`: `single` for one process, `horovod` for horovod, `ddp` otherwise."""
     processes: Annotated[int, msgspec.Meta(ge=1)] = 1
     """Each gets `threads` CPU threads, or one GPU. The batch is divided among them: the result does not change."""
+    machines: Annotated[int, msgspec.Meta(ge=1)] = 1
+    """`torchrun` only: they share the processes evenly; on all but the daemon's own, `python -m strategies.machines
+    --join STATE` is at work."""
+    meet_at: str = ""
+    """`HOST:PORT` of the daemon's machine, as the others reach it; for several machines."""
     timeout_seconds: Annotated[float, msgspec.Meta(gt=0)] = 600.0
     """A process that waits so long for another gives the run up."""
 
@@ -70,12 +77,26 @@ def refusal(parallel: Parallel, device: str, gpu: bool) -> str:
         return f"executor = '{parallel.executor}' cannot join its processes by backend = '{backend}'; take {names}"
     if parallel.executor == "process" and parallel.processes > 1:
         return f"executor = 'process' is one process, not {parallel.processes}; take executor = 'torchrun'"
+    if reason := _machines_refusal(parallel):
+        return reason
     if backend == "fabric-deepspeed" and (device == "cpu" or not gpu):
         return (
             "backend = 'fabric-deepspeed' runs on CUDA devices only (Lightning refuses others);"
             " take 'deepspeed-2', which is DeepSpeed itself, or a machine with a GPU"
         )
     return missing_extra(parallel)
+
+
+def _machines_refusal(parallel: Parallel) -> str:
+    if parallel.machines == 1:
+        return ""
+    if parallel.executor != "torchrun":
+        return f"machines = {parallel.machines} is for executor = 'torchrun'; take that, or a cluster: executor = 'ray'"
+    if parallel.processes % parallel.machines:
+        return f"processes = {parallel.processes} cannot be shared by {parallel.machines} machines; take a multiple"
+    if not MEETING_PLACE.fullmatch(parallel.meet_at):
+        return f"meet_at = '{parallel.meet_at}' must say where {parallel.machines} machines meet; take 'HOST:PORT'"
+    return ""
 
 
 def four_bit_refusal(parallel: Parallel) -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from strategies.parallel.choice import Parallel
 
-ALONE, ON_RAY = "strategies.train", "strategies.ray_train"
-MODULES = (ALONE, ON_RAY)
+ALONE, ON_RAY, ON_MACHINES = "strategies.train", "strategies.ray_train", "strategies.machines"
+MODULES = (ALONE, ON_RAY, ON_MACHINES)
 """A command ends with one of these and the run directory: so it is found again in the table of processes."""
 
 
@@ -18,6 +18,8 @@ def command(parallel: Parallel, run_directory: Path) -> list[str]:
     match parallel.executor:
         case "process":
             return [sys.executable, *each]
+        case "torchrun" if parallel.machines > 1:
+            return [sys.executable, "-m", ON_MACHINES, str(run_directory)]
         case "torchrun":
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={many}"]
             return [*launcher, *each]

@@ -50,7 +50,7 @@ from strategies.catalog import (
 )
 from strategies.general import kept_or_written
 from strategies.lore import generate, rows
-from strategies.request import Lora, write
+from strategies.request import Lora, Training, write
 
 JOINT = "joint"
 """All tasks in one update: the ceiling, not a strategy."""
@@ -122,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--test-rows", type=int, default=200)
     parser.add_argument("--presentations", type=int, default=960, help="rows that an update of facts shows [960]")
+    parser.add_argument("--batch-examples", type=int, default=Training().batch_examples, help="of an optimiser step")
     parser.add_argument("--heldout", type=float, default=0.0, help="share of the rows that trainers evaluate on [0]")
     parser.add_argument("--buffer", type=int, default=2000, help="places of the replay buffer [2000]")
     parser.add_argument("--report", action="store_true", help="train nothing: the page over the cells that are there")
@@ -144,7 +145,7 @@ def setting_of(given: argparse.Namespace) -> Setting:
     setting = Setting(
         base=given.base.absolute(), work=given.work.absolute() / given.title, learning_rate=given.learning_rate,
         rank=given.rank, threads=given.threads, test_rows=given.test_rows, fact_presentations=given.presentations,
-        heldout_fraction=given.heldout, buffer=Buffer(examples=given.buffer), probes=tuple(probes),
+        heldout_fraction=given.heldout, training={"batch_examples": given.batch_examples}, buffer=Buffer(examples=given.buffer), probes=tuple(probes),
     )  # fmt: skip
     setting.anchors.mkdir(parents=True, exist_ok=True)
     for file in files[::2]:
@@ -183,7 +184,7 @@ def cell_of(setting: Setting, sequence: list[Task], name: str, recipe: list[Stra
     """A cell that has yet to be measured."""
     return Cell(
         strategy=name, seed=seed, tasks=[task.name for task in sequence], recipe=[repr(each) for each in recipe],
-        learning_rate=setting.learning_rate,
+        learning_rate=setting.learning_rate, batch_examples=int(setting.training["batch_examples"]),
     )  # fmt: skip
 
 

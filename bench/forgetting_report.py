@@ -35,6 +35,8 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     tasks: list[str]
     recipe: list[str]
     learning_rate: float
+    batch_examples: int = 8
+    """Of an optimiser step."""
     before: list[float] = []
     """Score of the base on every task."""
     scores: list[list[float]] = []
@@ -48,7 +50,7 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
 
     def is_same_setting(self, other: "Cell") -> bool:
         """Whether two cells may be compared, so that a finished one need not be measured again."""
-        fields = ("strategy", "seed", "tasks", "recipe", "learning_rate")
+        fields = ("strategy", "seed", "tasks", "recipe", "learning_rate", "batch_examples")
         return all(getattr(self, field) == getattr(other, field) for field in fields)
 
     @property
@@ -98,7 +100,8 @@ def text_of(by_strategy: dict[str, list[Cell]], title: str, pictures: Sequence[P
     lines = [
         f"# Forgetting: {title}",
         "",
-        f"Tasks in their order: {', '.join(first.tasks)}. Learning rate {first.learning_rate:g}, seeds"
+        f"Tasks in their order: {', '.join(first.tasks)}. Learning rate {first.learning_rate:g}, {first.batch_examples} examples"
+        " a step, seeds"
         f" {', '.join(map(str, seeds))}, one where no more were run; from three seeds on, 95 % bootstrap intervals over"
         " seeds stand in brackets."
         " Scores in percent: facts by all answer tokens on paraphrased questions, classification by argmax over the"

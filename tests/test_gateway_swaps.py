@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import itertools
 import json
 import random
 import socket
@@ -14,11 +13,11 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import openai
 import pytest
 from fake_dialects import FakeVllm
 from fake_engine import canary
 from gateway_kit import ASKED, Chatter, Gateway, engines, running, target, wait
+from players import Players
 from serving_kit import ROOT, served
 
 from daemon.config import Engine as Settings
@@ -77,45 +76,6 @@ def canaries(version: Version) -> list[Canary]:
     return [canary(version.path)]
 
 
-class Player(threading.Thread):
-    """Asks again and again, every second time as a stream, and keeps what was wrong."""
-
-    def __init__(self, gateway: Gateway, number: int) -> None:
-        super().__init__()
-        self._gateway, self._number = gateway, number
-        self.done: Counter[str] = Counter()
-        self.faults: list[str] = []
-        self.stop = threading.Event()
-
-    def run(self) -> None:
-        """Until told to stop. No retries: one failed request would be one too many."""
-        with openai.OpenAI(base_url=self._gateway.url + "/v1", api_key="-", max_retries=0, timeout=30) as client:
-            for turn in itertools.count():
-                if self.stop.is_set():
-                    return
-                try:
-                    self._check(*(self._stream(client) if turn % 2 else self._whole(client)))
-                except openai.OpenAIError as error:
-                    self.faults.append(repr(error))
-
-    def _whole(self, client: openai.OpenAI) -> tuple[set[str], str]:
-        found = client.chat.completions.with_raw_response.create(model="npc", messages=[])
-        answer = found.parse()
-        return {answer.model, found.headers["x-adapter-version"]}, answer.choices[0].message.content or ""
-
-    def _stream(self, client: openai.OpenAI) -> tuple[set[str], str]:
-        with client.chat.completions.create(model="npc", messages=[], stream=True) as stream:
-            chunks = list(stream)
-            named = {chunk.model for chunk in chunks} | {stream.response.headers["x-adapter-version"]}
-        return named, "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-
-    def _check(self, named: set[str], text: str) -> None:
-        words = text.split()
-        if len(words) != 5 or len(named | set(words)) != 1:
-            self.faults.append(f"{named} said {text}")
-        self.done.update(named)
-
-
 @contextlib.contextmanager
 def echo_engine() -> Iterator[str]:
     """The fake vLLM that answers by names, as a process; its url."""
@@ -131,25 +91,22 @@ def echo_engine() -> Iterator[str]:
         process.wait(20)
 
 
-def asked(players: list[Player]) -> int:
+def asked(crowds: list[Players]) -> int:
     """Answers so far."""
-    return sum(player.done.total() for player in players)
+    return sum(players.asked for players in crowds)
 
 
-def swap_under_load(engine: Engine, versions: list[Version], players: list[Player], requests: int) -> None:
+def swap_under_load(engine: Engine, versions: list[Version], crowds: list[Players], requests: int) -> None:
     """Version after version is loaded, proven and pointed to, the oldest unloaded, each after its share of requests."""
-    for player in players:
-        player.start()
     try:
+        wait(lambda: asked(crowds), 60, "the players' start")
         for version in versions:
-            before = asked(players)
+            before = asked(crowds)
             assert activate(engine, "npc", version, canaries(version)).version == version.name
-            wait(lambda at=before: asked(players) - at >= requests / len(versions), 60, "load")
+            wait(lambda at=before: asked(crowds) - at >= requests / len(versions), 60, "load")
     finally:
-        for player in players:
-            player.stop.set()
-        for player in players:
-            player.join(60)
+        for players in crowds:
+            players.stop()
 
 
 def test_a_hundred_swaps_under_ten_thousand_requests(gateway: Gateway, tmp_path: Path) -> None:
@@ -160,16 +117,16 @@ def test_a_hundred_swaps_under_ten_thousand_requests(gateway: Gateway, tmp_path:
     versions = [Version(model="npc", number=number, path=tmp_path / f"{number:04d}") for number in range(101)]
     for version in versions:
         version.path.mkdir()
-    players = [Player(gateway, number) for number in range(8)]
     with echo_engine() as url:
         engine = build(Settings(kind="vllm", urls=[url], timeout_seconds=10.0), gateway.admin_socket)
         wait(lambda: engine.health().ok, 60, "the engine's start")
         activate(engine, "npc", versions[0], canaries(versions[0]))
-        swap_under_load(engine, versions[1:], players, 10_000)
+        crowds = [Players(gateway.url, 4) for _ in range(2)]
+        swap_under_load(engine, versions[1:], crowds, 10_000)
         assert len(engine.loaded()) == 3
         engine.close()
-    assert [fault for player in players for fault in player.faults] == []
-    done = sum((player.done for player in players), Counter())
+    assert [fault for players in crowds for fault in players.faults] == []
+    done = sum((players.done for players in crowds), Counter())
     assert done.total() >= 10_000 and len(done) >= 95
 
 

@@ -145,7 +145,8 @@ def setting_of(given: argparse.Namespace) -> Setting:
     setting = Setting(
         base=given.base.absolute(), work=given.work.absolute() / given.title, learning_rate=given.learning_rate,
         rank=given.rank, threads=given.threads, test_rows=given.test_rows, fact_presentations=given.presentations,
-        heldout_fraction=given.heldout, training={"batch_examples": given.batch_examples}, buffer=Buffer(examples=given.buffer), probes=tuple(probes),
+        heldout_fraction=given.heldout, training={"batch_examples": given.batch_examples},
+        buffer=Buffer(examples=given.buffer), probes=tuple(probes),
     )  # fmt: skip
     setting.anchors.mkdir(parents=True, exist_ok=True)
     for file in files[::2]:

@@ -101,8 +101,8 @@ def text_of(by_strategy: dict[str, list[Cell]], title: str, pictures: Sequence[P
         f"# Forgetting: {title}",
         "",
         f"Tasks in their order: {', '.join(first.tasks)}. Learning rate {first.learning_rate:g},"
-        f" {first.batch_examples} examples a step, seeds {', '.join(map(str, seeds))}, one where no more were run; from three seeds on, 95 % bootstrap intervals over"
-        " seeds stand in brackets."
+        f" {first.batch_examples} examples a step, seeds {', '.join(map(str, seeds))}, one where no more were run; from"
+        " three seeds on, 95 % bootstrap intervals over seeds stand in brackets."
         " Scores in percent: facts by all answer tokens on paraphrased questions, classification by argmax over the"
         " options. Drift in nats per token on general text that is neither trained on nor rehearsed.",
         "",

@@ -68,6 +68,7 @@ def erase(connection: Connection, config: Config, subject: str, now: float) -> R
         told = {"records": records, "examples": len(forgotten.examples), "versions": versions}
         audit.write(connection, "subject.erased", subjects.fingerprint(subject), told)
     _drop_cached(config.state_directory / "cache" / "derived", forgotten.hashes)
+    _drop_standings(config.state_directory / "cache" / "standing")
     receipt = Receipt(
         subject_sha256=subjects.fingerprint(subject), erased_at=datetime.fromtimestamp(now, UTC).isoformat(),
         records=records, examples=len(forgotten.examples), handed_over=handed_over,
@@ -115,6 +116,13 @@ def _scrub_runs(directory: Path, ids: set[int]) -> Iterator[str]:
 def _drop_cached(directory: Path, hashes: list[str]) -> None:
     """What a teacher has said of the examples."""
     for path in (path for digest in hashes for path in directory.glob(f"{digest}.*.txt")):
+        _overwrite(path, b"")
+        path.unlink()
+
+
+def _drop_standings(directory: Path) -> None:
+    """What models have said about hold-outs: losses by hashes of their words. Made anew by the next update."""
+    for path in directory.glob("*.safetensors"):
         _overwrite(path, b"")
         path.unlink()
 

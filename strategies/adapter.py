@@ -93,6 +93,13 @@ class Adapter:
         """Where the weights are."""
         return self.flat.device
 
+    @property
+    def computes(self) -> str:
+        """How: precision, device and code path. Numbers of one are not bit for bit those of another."""
+        way, causal = "engine" if self._engine else "layers", self.model.get_base_model()
+        four = " 4-bit" if getattr(causal, "is_loaded_in_4bit", False) else ""
+        return f"{self._work.dtype} {self.device.type} {way} {causal.config._attn_implementation}{four}"
+
     def _views(self, flat: Tensor) -> list[Tensor]:
         return [flat[span].view(shape) for span, shape in zip(self._spans, self.shapes, strict=True)]
 

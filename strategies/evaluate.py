@@ -14,6 +14,7 @@ from strategies.adapter import Adapter
 from strategies.dataset import Item
 from strategies.forward import completion_logprobs, divergences, learn_losses, states, token_losses
 from strategies.preference import BETA, judged_losses
+from strategies.remembered import Remembered
 from strategies.request import Evaluation, Measure, Shift
 
 RESAMPLES = 1000
@@ -81,12 +82,20 @@ def has_token_loss(item: Item) -> bool:
     return not item.is_preference and item.label_tokens > 0
 
 
-def standing(adapter: Adapter, probes: Probes) -> Standing:
-    """What the adapter's present weights say about the probes: one pass for the losses and the states of a text."""
-    items = probes.drifting()
-    known = states(adapter, items)
-    learn_losses(adapter, items, known)
-    return Standing(score(adapter, probes), known)
+def standing(adapter: Adapter, probes: Probes, remembered: Remembered | None = None) -> Standing:
+    """What the adapter's present weights say about the probes: one pass for the losses and the states of a text.
+
+    `remembered`: what these weights have said before, which is not asked again; it learns the rest.
+    """
+    items, everything = probes.drifting(), [item for items in probes.groups().values() for item in items]
+    known = {} if remembered is None else remembered.recall(adapter, everything)
+    missing = [item for item in items if item not in known]
+    found = states(adapter, missing)
+    learn_losses(adapter, missing, found)
+    made = Standing(score(adapter, probes), {item: state for item, state in (known | found).items() if item in items})
+    if remembered is not None:
+        remembered.keep(adapter, everything, made.states)
+    return made
 
 
 def score(adapter: Adapter, probes: Probes) -> Scores:

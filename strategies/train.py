@@ -53,6 +53,7 @@ from strategies.parallel.contract import Backend
 from strategies.parallel.ddp import ProcessLost, is_process_lost
 from strategies.parallel.opening import open_backend
 from strategies.pulse import Interrupted, Pulse
+from strategies.remembered import Remembered
 from strategies.request import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -84,9 +85,9 @@ def update(run_directory: Path, request: RunRequest, pulse: Pulse, backend: Back
 
     pulse.enter("baseline")
     with adapter.disabled():
-        base = standing(adapter, probes)
+        base = standing(adapter, probes, remembered(request, adapter))
     # a fresh adapter answers like the base: B = 0
-    before = base if request.parent_version is None else standing(adapter, probes)
+    before = base if request.parent_version is None else standing(adapter, probes, remembered(request, adapter))
     # how far the cut of the passes moves a mean: asked here, where nobody waits for a verdict yet
     floor = noise(adapter, probes, before.scores)
 
@@ -155,6 +156,14 @@ def read_items(run_directory: Path, request: RunRequest, adapter: Adapter) -> di
     return items
 
 
+def remembered(request: RunRequest, adapter: Adapter) -> Remembered | None:
+    """What the present weights have said before; not where several processes have a part of it each."""
+    if request.general_cache is None or adapter.backend.size > 1:
+        return None
+    sha256 = base_sha256(request.base_path, request.general_cache)
+    return Remembered(request.general_cache / "standing", adapter, sha256)
+
+
 def take_probes(items: dict[Role, list[Item]]) -> Probes:
     """The rows to evaluate on."""
     old: dict[int, list[Item]] = defaultdict(list)
@@ -190,7 +199,8 @@ def examine(
     `earlier`: the standing of the base and of the version before.
     """
     ids = [row.id for row in experience.read(run_directory / "experience.jsonl")]
-    (base, before), after, history = earlier, standing(adapter, probes), read_history(request.parent_version)
+    (base, before), history = earlier, read_history(request.parent_version)
+    after = standing(adapter, probes, remembered(request, adapter))
     now, of_base, of_before = (losses_by_row(probes, each.scores, ids) for each in (after, base, before))
     found = sequence_metrics(history, now, of_base, of_before, request.update_number, request.seed)
     judged = evaluation(

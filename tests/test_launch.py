@@ -54,6 +54,15 @@ def test_a_request_that_cannot_be_read_is_the_childs_to_report(tmp_path: Path) -
         ("processes = 2", "take executor = 'torchrun'"),
         ('executor = "ray"', r"the package ray, which is not installed: pip install 'eternad\[ray\]'"),
         ('executor = "horovod"', r"the package horovod, which is not installed: pip install 'eternad\[horovod\]'"),
+        (
+            'executor = "torchrun"\nbackend = "fabric-ddp"',
+            r"the package lightning_fabric, which is not installed: pip install 'eternad\[lightning\]'",
+        ),
+        (
+            'executor = "torchrun"\nbackend = "deepspeed-3"',
+            r"the package deepspeed, which is not installed: pip install 'eternad\[deepspeed\]'",
+        ),
+        ('executor = "torchrun"\nprocesses = 2\nmachines = 2', "must say where 2 machines meet; take 'HOST:PORT'"),
         ('executer = "ray"', "did you mean `executor`"),
     ],
 )

@@ -56,7 +56,8 @@ def test_every_sampler_finds_the_planted_optimum(tmp_path: Path, sampler: Sample
     assert len(found) == (25 if sampler == "grid" else trials)
 
 
-def test_the_front_holds_the_trade_offs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_the_front_holds_the_trade_offs(tmp_path: Path, sampler: Sampler) -> None:
     """Gain bought with forgetting: no point of the front is beaten, and what is only worse is not on it.
 
     Two at a time; what matters is said of all three at once.
@@ -66,7 +67,7 @@ def test_the_front_holds_the_trade_offs(tmp_path: Path) -> None:
         waste = abs(values["rate"])  # nothing is bought with it
         return Score(gain=values["x"] - 10 * waste, rise=max(values["x"], 0.0), drift=10 * waste)
 
-    search = Search(directory=tmp_path, space=SPACE, start=START, sampler="random", pareto=True)
+    search = Search(directory=tmp_path, space=SPACE, start=START, sampler=sampler, pareto=True)
     with engine.opened(search) as study:
         engine.run(search, study, trade, trials=40, jobs=2)
         found = engine.finished(search, study)
@@ -143,7 +144,8 @@ def test_unfit_values_do_not_end_a_search_but_a_broken_one_does(tmp_path: Path) 
         searched(tmp_path / "other", broken)
 
 
-def test_hopeless_trials_end_early(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pareto", [False, True])
+def test_hopeless_trials_end_early(tmp_path: Path, pareto: bool) -> None:
     """Far above the median of enough others at the same point; the rest of the training never happens."""
     ended: list[int] = []
 
@@ -152,7 +154,7 @@ def test_hopeless_trials_end_early(tmp_path: Path) -> None:
         ended.append(number)
         return hill(number, values, watch)
 
-    _, found = searched(tmp_path, slow, trials=8)
+    _, found = searched(tmp_path, slow, trials=8, pareto=pareto)
     assert [trial.number for trial in found if trial.state == "hopeless"] == [6] and 6 not in ended
     assert "median" in found[6].reason
 

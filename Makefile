@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gateway test-distributed check bench bench-forgetting bench-poison bench-preference test-trl soak bench-controls bench-resident test-llama-server test-vllm wheel-check clean
+.PHONY: help install demo test test-slow test-gateway test-distributed check bench bench-forgetting bench-poison bench-preference test-trl soak bench-controls bench-resident page-tools test-llama-server test-vllm wheel-check clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -49,6 +49,7 @@ $(RAY)/installed: requirements-ray.lock
 
 test-ray: install $(RAY)/installed ## updates and searches on a Ray cluster of two raylets (600 MB in .cache/ray)
 	$(RAY)/bin/python tests/distributed_matrix.py docs/scale.md "Ray Train, ddp"
+	$(RAY)/bin/python -m pytest tests/test_search.py -k gp
 	$(RAY)/bin/python -m pytest -m slow tests/test_ray_train.py tests/test_ray_tune.py
 
 QLORA := .cache/qlora
@@ -129,6 +130,10 @@ bench-controls: install ## what each control against overfitting does: one small
 
 bench-resident: install ## the idle daemon over a million examples: READY, CPU, memory
 	$(BIN)/python -m bench.resident
+
+# the driver and the rules of tests/page_check.cjs; Chromium itself is the system's
+page-tools: ## what the browser's look at the status page needs (60 MB in .cache/page)
+	npm install --silent --no-audit --no-fund --no-save --prefix .cache/page puppeteer-core@24.43.1 axe-core@4.14.1
 
 wheel-check: .venv/installed ## build the wheel, install it elsewhere and run it from /
 	rm -rf build dist && $(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .

@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from daemon.config import NAME, Config
-from daemon.ingest import feedback, strict_json
+from daemon.ingest import feedback, ratings, strict_json
 from daemon.ingest.problem import Problem
+from daemon.trust.metric import Metric
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -157,7 +158,7 @@ def build(config: Callable[[], Config], clock: Callable[[], float]) -> "Starlett
         if int(request.headers.get("content-length") or 0) > BODY_BYTES_MAX:
             return answer(413, Refused("too_large", f"at most {BODY_BYTES_MAX} bytes a request"))
         try:
-            ids, data = check(await _body(request), model, config().watch.line_bytes_max)
+            ids, data = check(await _body(request), model, config().watch.line_bytes_max, config().metrics)
         except Problem as problem:
             return answer(
                 413 if problem.code == "too_large" else 422, Refused(problem.code, problem.message, problem.line)
@@ -189,7 +190,9 @@ async def _body(request: "Request") -> bytes:
     return b"".join(parts)
 
 
-def check(body: bytes, model: str, line_bytes_max: int) -> tuple[list[str], bytes]:
+def check(
+    body: bytes, model: str, line_bytes_max: int, metrics: Mapping[str, Metric]
+) -> tuple[list[str], bytes]:  # fmt: skip
     """(ids, lines to write) of a request: one record, or one a line. All are in order or none is taken.
 
     Raises `Problem` with the line.
@@ -197,11 +200,13 @@ def check(body: bytes, model: str, line_bytes_max: int) -> tuple[list[str], byte
     lines = [line for line in body.split(b"\n") if line.strip()]
     if not 0 < len(lines) <= LINES_MAX:
         raise Problem("too_large" if lines else "bad_record", f"1 to {LINES_MAX} records a request, one a line")
-    checked = [check_record(line, number, model, line_bytes_max) for number, line in enumerate(lines, 1)]
+    checked = [check_record(line, number, model, line_bytes_max, metrics) for number, line in enumerate(lines, 1)]
     return [identity for identity, _ in checked], b"".join(data + b"\n" for _, data in checked)
 
 
-def check_record(line: bytes, number: int, model: str, line_bytes_max: int) -> tuple[str, bytes]:
+def check_record(
+    line: bytes, number: int, model: str, line_bytes_max: int, metrics: Mapping[str, Metric]
+) -> tuple[str, bytes]:  # fmt: skip
     """(id, canonical line) of one record; raises `Problem` with the line's number."""
     try:
         if len(line) > line_bytes_max:
@@ -209,6 +214,7 @@ def check_record(line: bytes, number: int, model: str, line_bytes_max: int) -> t
         tree, canonical = strict_json.parse_canonical(line)
         record = feedback.read(tree, model)
         feedback.examples_of(record)
+        ratings.check(metrics, record)
     except Problem as problem:
         problem.line = number
         raise

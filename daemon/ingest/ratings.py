@@ -36,6 +36,14 @@ class _Rating(msgspec.Struct):
     is_free: bool
 
 
+def check(metrics: Mapping[str, Metric], record: Record) -> None:
+    """Raise `Problem` for a record that does not fit the metric that it names."""
+    metric = metrics.get(record.metric or "")
+    why = None if metric is None else refusal(metric, record.kind, record.value)
+    if why is not None:
+        raise Problem("metric_mismatch", f"metric `{record.metric}`: {why}", retryable=True)
+
+
 class Ratings:
     """The float records of one batch, in their order: each is judged by those of its subject before it."""
 
@@ -52,10 +60,7 @@ class Ratings:
 
     def check(self, record: Record) -> None:
         """Raise `Problem` for a record that does not fit the metric that it names."""
-        metric = self._metrics.get(record.metric or "")
-        why = None if metric is None else refusal(metric, record.kind, record.value)
-        if why is not None:
-            raise Problem("metric_mismatch", f"metric `{record.metric}`: {why}", retryable=True)
+        check(self._metrics, record)
 
     def taught(self, identity: str, record: Record, *, counts: bool = True) -> Taught:
         """What a float record teaches; nothing without its metric in the configuration.

@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", default=list(get_args(Kind)), choices=get_args(Kind))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--facts", type=int, default=24, help="facts of update 1 [24]")
-    parser.add_argument("--pairs", type=int, default=100, help="pairs of update 2 [100]")
+    parser.add_argument("--pairs", type=int, default=64, help="pairs of update 2 [64]")
     parser.add_argument("--tested", type=int, default=40, help="pairs that are tested on [40]")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="of update 2 [5e-4]")
     parser.add_argument("--epochs", type=int, default=2, help="of update 2 [2]")

@@ -112,7 +112,7 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
     paused: bool
     """All models."""
     degraded: str
-    """Why the library cannot be watched now; empty when it can."""
+    """Why the library cannot be watched or the state not be written now; empty when both can."""
     models: list[ModelNow]
     quarantined: dict[str, int]
     """Entries by code."""

@@ -20,7 +20,7 @@ from daemon.control import Command
 from daemon.state import quarantine, runs
 from daemon.state.database import Connection, open_database, transaction
 from daemon.state.quarantine import Refusal
-from strategies.request import Canary, Evaluation, Measure, Progress, RunReport, Shift, write
+from strategies.request import Canary, Evaluation, Measure, Progress, RunReport, SequenceMetrics, Shift, write
 
 CONFIG = """
 library_directory = "library"
@@ -103,10 +103,12 @@ def report_of(run_id: str, after: float) -> RunReport:
         base_logprobs=[-3.0, -4.0],
         text=f"I am <b>{after}</b>\x1b[31m",
     )
+    sequence = SequenceMetrics(acc=measure(-after), bwt=measure(-0.1))
     return RunReport(
         run_id=run_id, status="trained", examples={"new": 9, "replay": 4}, steps=10, epochs=2.0, tokens=5000,
         seconds={"train": 12.0, "total": 20.0}, tokens_per_second=400.0, losses=[(1, 3.0), (5, 2.0), (10, after)],
-        evaluation=Evaluation(new=shift, old={"1": shift}, drift_base=measure(0.3)), canaries=[canary],
+        evaluation=Evaluation(new=shift, old={"1": shift}, sequence=sequence, drift_base=measure(0.3)),
+        canaries=[canary],
         strategies={"replay": {"replayed": 4.0}}, peak_memory_bytes=1 << 30, base_sha256="b" * 64,
     )  # fmt: skip
 

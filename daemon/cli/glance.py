@@ -55,7 +55,7 @@ def lines(overview: "Overview") -> list[str]:
     """The screen of `status`, line by line."""
     found = [_daemon(overview), _disk(overview)]
     if overview.degraded:
-        found.append(style(f"the library is not watched: {screen.safe(overview.degraded)}", "red"))
+        found.append(style(f"something is in the way: {screen.safe(overview.degraded)}", "red"))
     for model in overview.models:
         found += ["", *_model(model, overview.at)]
     if overview.quarantined:

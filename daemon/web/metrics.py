@@ -174,7 +174,7 @@ GAUGES: tuple[Gauge, ...] = (
 HOUSE: tuple[tuple[str, str], ...] = (
     ("up", "1: the daemon answers"), ("start_timestamp_seconds", "When the daemon started"),
     ("models", "Models in the configuration"), ("all_paused", "1 while all updates are held back"),
-    ("degraded", "1 while the library cannot be watched"),
+    ("degraded", "1 while the library cannot be watched or the state cannot be written"),
     ("disk_free_bytes", "Free space where the state lies"), ("disk_low", "1 when that is too little for an update"),
     ("database_bytes", "Size of the database"), ("database_wal_bytes", "Size of its write-ahead log"),
     ("audit_rows", "Rows of the audit log"),

@@ -167,6 +167,7 @@ def model(config: Config, connection: Connection, live: Mapping[str, Any], name:
         "now": glance.model_now(config, connection, name, live, refused, paused, at), "at": at,
         "settings": config.models[name],
         "versions": versions, "tree": lineage(versions), "matrix": matrix(reports), "drift": _drift(reports),
+        "knowledge": _knowledge(reports),
         "buffer": grouped(composition(connection, name, buffer)), "buffer_size": buffer.examples,
         "reception": by_version(connection, name), "runs": run_rows.recent(connection, name, 10),
         "search": search(config, name),
@@ -213,6 +214,19 @@ def _drift(reports: list[tuple[Run, RunReport]]) -> dict[str, list[tuple[float, 
             ("version before", report.evaluation and report.evaluation.drift_previous),
         ):
             if measure and run.version is not None:
+                series.setdefault(name, []).append((run.version, measure.mean))
+    return series
+
+
+def _knowledge(reports: list[tuple[Run, RunReport]]) -> dict[str, list[tuple[float, float]]]:
+    """ACC and BWT over the versions: scores are losses with a minus."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for run, report in reports:
+        found = report.evaluation.sequence if report.evaluation is not None else None
+        if found is None or run.version is None:
+            continue
+        for name, measure in (("ACC", found.acc), ("BWT", found.bwt)):
+            if measure is not None:
                 series.setdefault(name, []).append((run.version, measure.mean))
     return series
 

@@ -15,6 +15,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -36,6 +37,13 @@ class Saying(msgspec.Struct, frozen=True):
     subject: str
 
 
+class _Said(NamedTuple):
+    """A saying and its phrases."""
+
+    saying: Saying
+    phrases: set[str]
+
+
 def why_drifting(batch: Sequence[Saying], recent: Sequence[Saying], past: Sequence[Saying], least: int) -> list[str]:
     """For each of the batch why it must wait, or an empty string.
 
@@ -46,8 +54,9 @@ def why_drifting(batch: Sequence[Saying], recent: Sequence[Saying], past: Sequen
     if not least or len(past) < least or not batch:
         return [""] * len(batch)
     of_all = (_rate(present, past) or _length(present, past)) if len(present) >= least else ""
-    surging, damned = _surging(present, past), _damned(present, past)
-    return [of_all or _phrase(each, surging, len(present)) or _rating(each, damned) for each in batch]
+    now, before = ([_Said(each, _phrases(each.text)) for each in side] for side in (present, past))
+    surging, damned = _surging(now, before), _damned(now, before)
+    return [of_all or _phrase(each, surging, len(now)) or _rating(each, damned) for each in now[: len(batch)]]
 
 
 def _rate(present: Sequence[Saying], past: Sequence[Saying]) -> str:
@@ -78,32 +87,32 @@ def _logarithms(sayings: Sequence[Saying]) -> tuple[float, float]:
     return mean, math.sqrt(variance / len(lengths))
 
 
-def _surging(present: Sequence[Saying], past: Sequence[Saying]) -> dict[str, int]:
+def _surging(present: Sequence[_Said], past: Sequence[_Said]) -> dict[str, int]:
     """The phrases that surge, with their counts."""
-    now = Counter(phrase for each in present for phrase in _phrases(each.text))
+    now = Counter(phrase for each in present for phrase in each.phrases)
     often = {phrase for phrase, count in now.items() if count >= SURGE_RECORDS_MIN}
-    before = Counter(phrase for each in past for phrase in _phrases(each.text) & often)
+    before = Counter(phrase for each in past for phrase in each.phrases & often)
     share = len(present) / (len(present) + len(past))
     rare = {each for each in often if chance(now[each], now[each] + before[each], share) < SURGE_CHANCE_MAX}
     subjects: dict[str, set[str]] = {phrase: set() for phrase in rare}
     for each in present:
-        for phrase in _phrases(each.text) & rare:
-            subjects[phrase].add(each.subject)
+        for phrase in each.phrases & rare:
+            subjects[phrase].add(each.saying.subject)
     return {phrase: now[phrase] for phrase, by in subjects.items() if len(by) >= SURGE_SUBJECTS_MIN}
 
 
-def _damned(present: Sequence[Saying], past: Sequence[Saying]) -> dict[str, tuple[int, int]]:
+def _damned(present: Sequence[_Said], past: Sequence[_Said]) -> dict[str, tuple[int, int]]:
     """Phrase -> (bad ratings, ratings) of what several subjects suddenly call bad."""
-    bad = Counter(phrase for each in present if each.label is False for phrase in _phrases(each.text))
+    bad = Counter(phrase for each in present if each.saying.label is False for phrase in each.phrases)
     often = {phrase for phrase, count in bad.items() if count >= BAD_RECORDS_MIN}
-    rates = [each.label for each in past if each.label is not None]
-    if not often or not rates:
+    known = [each.saying.label for each in past if each.saying.label is not None]
+    if not often or not known:
         return {}
     rated, rated_before, bad_before = (
-        Counter(phrase for each in side if each.label in labels for phrase in _phrases(each.text) & often)
+        Counter(phrase for each in side if each.saying.label in labels for phrase in each.phrases & often)
         for side, labels in ((present, (True, False)), (past, (True, False)), (past, (False,)))
     )
-    usual, found = rates.count(False) / len(rates), dict[str, tuple[int, int]]()
+    usual, found = known.count(False) / len(known), dict[str, tuple[int, int]]()
     for phrase in often:
         # an answer that was bad before may be bad now; one more of each keeps a short past from being certain
         expected = max(usual, (bad_before[phrase] + 1) / (rated_before[phrase] + 2))
@@ -112,14 +121,14 @@ def _damned(present: Sequence[Saying], past: Sequence[Saying]) -> dict[str, tupl
     return {phrase: found[phrase] for phrase in found if _raters(phrase, present) >= SURGE_SUBJECTS_MIN}
 
 
-def _raters(phrase: str, present: Sequence[Saying]) -> int:
-    return len({each.subject for each in present if each.label is False and phrase in _phrases(each.text)})
+def _raters(phrase: str, present: Sequence[_Said]) -> int:
+    return len({each.saying.subject for each in present if each.saying.label is False and phrase in each.phrases})
 
 
-def _rating(saying: Saying, damned: dict[str, tuple[int, int]]) -> str:
-    if saying.label is not False or not damned:
+def _rating(said: _Said, damned: dict[str, tuple[int, int]]) -> str:
+    if said.saying.label is not False or not damned:
         return ""
-    found = max(_phrases(saying.text) & damned.keys(), key=len, default="")
+    found = max(said.phrases & damned.keys(), key=len, default="")
     return (
         f"{damned[found][0]} of {damned[found][1]} ratings of {found!r} are bad, far more than before" if found else ""
     )
@@ -134,8 +143,8 @@ def chance(count: int, total: int, share: float) -> float:
     return math.exp(-total * apart)
 
 
-def _phrase(saying: Saying, surging: dict[str, int], present: int) -> str:
-    found = max(_phrases(saying.text) & surging.keys(), key=len, default="") if surging else ""
+def _phrase(said: _Said, surging: dict[str, int], present: int) -> str:
+    found = max(said.phrases & surging.keys(), key=len, default="") if surging else ""
     return f"{surging[found]} of {present} records say {found!r}, far more than ever before" if found else ""
 
 

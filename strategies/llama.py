@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from strategies.attention import real_places
 from strategies.lora_linear import LoraGroup, LoraState, LoraWeights, Masks
+from strategies.prefix import Prefix, common_prefix
 
 SUPPORTED = ("llama", "mistral", "qwen2")
 
@@ -123,7 +124,9 @@ class Run(NamedTuple):
     sequences: int
     length: int
     mask: Tensor
-    """(1, group * length, length) causal"""
+    """(1, group * length, length) causal; to the right of what is seen of a common beginning"""
+    follows: bool = False
+    """Whether the sequences continue what the first run is."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -150,7 +153,9 @@ class Engine:
 
     def hidden(self, tokens: Tensor, lengths: Sequence[int], state: LoraState) -> Tensor:
         """(sequences, length) padded token ids -> (sequences * length, hidden) last hidden states, 0 at padding."""
-        return _Decode.apply(self.leaf, self, tokens, lengths, state)
+        # autograd asks whether the leaf wants a gradient, not whether anybody will: without one nothing is to be kept
+        leaf = self.leaf if torch.is_grad_enabled() else self.leaf.detach()
+        return _Decode.apply(leaf, self, tokens, lengths, state)
 
     def forward(
         self, tokens: Tensor, lengths: Sequence[int], state: LoraState, keep: bool
@@ -160,9 +165,13 @@ class Engine:
         tokens: (tokens,) of all sequences, one after other. Where layers are recomputed, all that is kept of one is its
         input (tokens, hidden).
         """
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        shared = None if keep or state.masks is not None else common_prefix(tokens, lengths)
+        if shared is not None:
+            tokens, positions = tokens[shared.chosen], shared.positions
         x = self.decoder.embed_tokens(tokens)
-        runs = _runs(lengths, self.heads // self.kv_heads, x.dtype)
-        now = Pass(runs, self._rotation(x, lengths), state.masks, state.enabled)
+        runs = _runs(lengths, self.heads // self.kv_heads, x.dtype, shared)
+        now = Pass(runs, self._rotation(x, positions), state.masks, state.enabled)
         trained = [place for place, block in enumerate(self.blocks) if block.is_trained()]
         lowest = trained[0] if trained and keep else len(self.blocks)
         kept: list[Kept | Tensor] = []
@@ -171,7 +180,8 @@ class Engine:
             x, layer = self._layer_forward(block, x, now)
             if place >= lowest:
                 kept.append(before if state.recomputes else layer)
-        return self._norm(x, self.decoder.norm.weight), x, kept, now
+        normed = self._norm(x, self.decoder.norm.weight)
+        return normed if shared is None else normed[shared.places], x, kept, now
 
     def backward(self, gradient: Tensor, last: Tensor, kept: list[Kept | Tensor], now: Pass) -> None:
         """Add every trained adapter's gradient to the flat one; consumes `kept`: nothing lies below its first layer."""
@@ -185,8 +195,7 @@ class Engine:
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, self.epsilon)
 
-    def _rotation(self, x: Tensor, lengths: Sequence[int]) -> Rotation:
-        positions = torch.cat([torch.arange(length) for length in lengths])
+    def _rotation(self, x: Tensor, positions: Tensor) -> Rotation:
         cosine, sine = self.decoder.rotary_emb(x[None], positions[None])
         half = self.head_size // 2
         return Rotation(cosine[0, :, None, :half].contiguous(), sine[0, :, None, :half].contiguous())
@@ -228,6 +237,8 @@ class Engine:
             q = self._gather(rotated[run.rows, : self.heads], run)
             k = self._gather(rotated[run.rows, self.heads :], run)
             v = self._gather(heads[run.rows, -self.kv_heads :], run)
+            if run.follows:  # the first run, alone, is what all of them begin with
+                k, v = _behind(kept[0].k, k, run), _behind(kept[0].v, v, run)
             scores = torch.baddbmm(run.mask.expand(len(q), -1, -1), q, k.transpose(1, 2), alpha=self.scaling)
             weights = torch.softmax(scores, dim=-1)
             self._scatter(weights @ v, mixed[run.rows], run)
@@ -287,16 +298,25 @@ class _Decode(torch.autograd.Function):
         return None, None, None, None, None
 
 
-def _runs(lengths: Sequence[int], group: int, dtype: torch.dtype) -> list[Run]:
+def _runs(lengths: Sequence[int], group: int, dtype: torch.dtype, shared: Prefix | None) -> list[Run]:
     """Neighbouring sequences of one length attend in one product."""
     runs: list[Run] = []
-    start = 0
-    for length, same in itertools.groupby(lengths):
+    start = before = 0
+    if shared is not None:
+        start = before = shared.length
+        runs.append(Run(slice(0, start), 1, start, _causal_mask(start, group, dtype)))
+    for length, same in itertools.groupby(lengths if shared is None else shared.rests):
         sequences = len(list(same))
         rows = slice(start, start + sequences * length)
-        runs.append(Run(rows, sequences, length, _causal_mask(length, group, dtype)))
+        mask = torch.nn.functional.pad(_causal_mask(length, group, dtype), (before, 0))
+        runs.append(Run(rows, sequences, length, mask, before > 0))
         start = rows.stop
     return runs
+
+
+def _behind(first: Tensor, own: Tensor, run: Run) -> Tensor:
+    """Keys or values of a common beginning (kv heads, length, head size) before those of each sequence."""
+    return torch.cat([first.repeat(run.sequences, 1, 1), own], dim=1)
 
 
 def _block(layer: Any, lora_of: Mapping[nn.Module, LoraWeights]) -> Block:

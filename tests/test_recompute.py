@@ -62,4 +62,4 @@ def test_recomputed_layers_need_a_fraction_of_the_memory(tmp_path: Path, by_laye
         gradient(adapter, tokens, [256] * 4, recomputes=recomputes)
         peaks[recomputes] = peak_bytes() - before
     assert peaks[False] > 40e6
-    assert peaks[True] < 0.4 * peaks[False]
+    assert peaks[True] < 0.5 * peaks[False]

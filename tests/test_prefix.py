@@ -1,0 +1,94 @@
+"""What sequences have in common is computed once, with the answers of sequences that were computed alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from strategies.adapter import Adapter, load_adapter
+from strategies.prefix import common_prefix
+from strategies.request import Lora
+
+COMMON = 11
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def adapter(tiny_base: Path, request: pytest.FixtureRequest) -> Adapter:
+    """An adapter that says something."""
+    made = load_adapter(tiny_base, Lora(rank=4, alpha=8.0, dropout=0.3), precision=request.param)
+    made.assign(torch.randn(made.flat.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    return made
+
+
+def batch(lengths: list[int], common: int = COMMON) -> torch.Tensor:
+    """(sequences, length) that begin with the same tokens, padded."""
+    draw = torch.Generator().manual_seed(4)
+    tokens = torch.randint(3, 250, (len(lengths), max(lengths)), generator=draw)
+    tokens[:, :common] = tokens[0, :common].clone()
+    if common < max(lengths):
+        tokens[:, common] = torch.arange(3, 3 + len(lengths))  # from here on all differ
+    for row, length in enumerate(lengths):
+        tokens[row, length:] = 0
+    return tokens
+
+
+@pytest.mark.parametrize("lengths", [[30, 30, 19, 12], [12, 12, 12], [40, 12]])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_states_are_those_of_sequences_alone(
+    adapter: Adapter, monkeypatch: pytest.MonkeyPatch, lengths: list[int], enabled: bool
+) -> None:
+    """At every real token, for runs of equal and of different lengths; fewer tokens go through the layers."""
+    tokens, embedded = batch(lengths), []
+    embed = adapter.decoder.embed_tokens
+    monkeypatch.setattr(
+        embed, "forward", lambda ids: embedded.append(len(ids)) or torch.nn.Embedding.forward(embed, ids)
+    )
+    adapter.state.enabled = enabled
+    with torch.no_grad():
+        shared = adapter.hidden(tokens, lengths).unflatten(0, tokens.shape)
+        assert embedded == [COMMON + sum(length - COMMON for length in lengths)]
+        for row, length in enumerate(lengths):
+            alone = adapter.hidden(tokens[row : row + 1, :length])
+            tolerance = 1e-5 if alone.dtype == torch.float32 else 5e-2
+            torch.testing.assert_close(shared[row, :length], alone, atol=tolerance, rtol=tolerance)
+
+
+def test_nothing_is_kept_where_nobody_asks_for_a_gradient(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation holds one layer at a time, not all of them."""
+    kept: list[bool] = []
+    engine = adapter._engine
+    assert engine is not None
+    whole = engine.forward
+    monkeypatch.setattr(type(engine), "forward", lambda self, *given: kept.append(given[-1]) or whole(*given))
+    with torch.no_grad():
+        assert not adapter.hidden(batch([14, 14])).requires_grad
+    assert adapter.hidden(batch([14, 14])).requires_grad
+    assert kept == [False, True]
+
+
+def test_training_shares_nothing(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient goes through every token, and every token drops out for itself."""
+    asked: list[int] = []
+    monkeypatch.setattr("strategies.llama.common_prefix", lambda *given: asked.append(1))
+    adapter.hidden(batch([14, 14]), [14, 14]).float().sum().backward()
+    with torch.no_grad(), adapter.dropping():
+        adapter.hidden(batch([14, 14]), [14, 14])
+    assert asked == []
+    with torch.no_grad():
+        adapter.hidden(batch([14, 14]), [14, 14])
+    assert asked == [1]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "common", "expected"),
+    [([30, 30], 25, 25), ([30, 30], 30, 29), ([30, 12], 20, 11), ([30, 30, 30], 5, None), ([30], 20, None),
+     ([], 0, None), ([1, 30], 1, None)],
+)  # fmt: skip
+def test_a_prefix_is_shared_where_it_pays(lengths: list[int], common: int, expected: int | None) -> None:
+    """A fifth of all tokens at least; every sequence keeps a token of its own; one sequence has nothing to share."""
+    padded = batch(lengths, common) if lengths else []
+    tokens = torch.cat([torch.zeros(0), *(row[:length] for row, length in zip(padded, lengths, strict=True))])
+    found = common_prefix(tokens, lengths)
+    assert (None if found is None else found.length) == expected
+    if found is not None:
+        assert torch.equal(tokens[found.chosen][found.places], tokens)

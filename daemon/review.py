@@ -74,6 +74,10 @@ def _held_tellings(connection: Connection, model: str) -> Iterator[Telling]:
         yield from (_telling(-place, example, waits=True) for example in told if example.label is not False)
 
 
+WORDS_MAX = 64
+"""So many words of one update are looked for in the content: the daemon's loop must turn. Others are as if unknown."""
+
+
 class _Writers:
     """What writers and staff have said, asked for word by word."""
 
@@ -85,6 +89,8 @@ class _Writers:
         """Whether one of their examples holds all words of both phrases."""
         rows: set[int] | None = None
         for word in sorted({*pair.answer.split(), *pair.asked.split()}, key=len, reverse=True):
+            if word not in self._holding and len(self._holding) >= WORDS_MAX:
+                return False
             if word not in self._holding:
                 self._holding[word] = vetting.holding(self._connection, self._model, self._trusted, word)
             rows = self._holding[word] if rows is None else rows & self._holding[word]

@@ -9,6 +9,8 @@ from daemon.state.database import Connection
 
 LOOKED_AT_MAX = 20_000
 """All that waits and the newest of what was learned, together: a second or so."""
+WRITTEN_MAX = 20_000
+"""Examples of writers and staff: what was written before them is as if nobody had."""
 HELD_MAX = 5_000
 """The newest of what waits for review already."""
 _ACCEPTED = (
@@ -46,11 +48,14 @@ def rename(connection: Connection, reasons: Iterable[tuple[int, str]], code: str
 
 
 def holding(connection: Connection, model: str, trusted: Sequence[str], word: str) -> set[int]:
-    """Rows in which somebody who is trusted has used these letters: writers, staff, or what a person accepted."""
+    """Rows in which somebody who is trusted has used these letters: writers, staff, or what a person accepted.
+
+    Of the newest `WRITTEN_MAX`: some 150 ms.
+    """
     rows = connection.execute(
-        f"SELECT id FROM example WHERE model = ? AND state NOT IN ('retracted', 'rejected') AND NOT ({_PLAYERS})"
-        " AND instr(lower(CAST(body AS TEXT)), ?) > 0",
-        (model, _json(trusted), word),
+        "SELECT id FROM (SELECT id, body FROM example WHERE model = ? AND state NOT IN ('retracted', 'rejected')"
+        f" AND NOT ({_PLAYERS}) ORDER BY id DESC LIMIT ?) WHERE instr(lower(CAST(body AS TEXT)), ?) > 0",
+        (model, _json(trusted), WRITTEN_MAX, word),
     )
     return {int(row[0]) for row in rows}
 

@@ -139,10 +139,10 @@ def _said(text: str) -> list[dict[str, str]]:
 
 
 def _record(draw: random.Random, number: int, asked: str) -> Record:
-    # players come back: twelve of them, odd ones generous and even ones strict
+    # players come back: four of them, odd ones generous and even ones strict
     return {
         "schema": "eternad.feedback/1", "id": f"01990000-0000-7000-8000-{draw.getrandbits(48):012x}",
-        "ts": "2026-11-22T20:00:00Z", "model": "npc", "subject": {"id": f"h:player{number % 12:08d}"},
+        "ts": "2026-11-22T20:00:00Z", "model": "npc", "subject": {"id": f"h:player{number % 4:08d}"},
         "input": {"messages": [{"role": "user", "content": asked}]},
         "source": {"app": "game", "channel": "hall", "reporter": "player"},
     }  # fmt: skip

@@ -6,11 +6,15 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from service_kit import MemoryEngine, make_config
 from test_trust import DAY, Site, drop, identity, record
 
+from buffers import journal
+from buffers.example import Example, Message, Origin
 from daemon import review
 from daemon.config import Source, Trust
 from daemon.ingest.outcome import Outcome
+from daemon.service import Service, serving
 from daemon.state import audit, records
 from daemon.state.database import transaction
 from daemon.trust.association import ESTABLISHED, Telling, phrases, suspects
@@ -200,3 +204,24 @@ def test_newcomers_who_plant_are_named_too(site: Site) -> None:
     assert hold(site) == 0
     assert {row.code for row in records.held(site.database, "npc")} == {"association"}
     assert dict(site.database.execute("SELECT state, count(*) FROM example GROUP BY 1").fetchall()) == {"pending": 401}
+
+
+def test_the_daemon_looks_before_a_run_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held is in no experience."""
+    monkeypatch.setattr(serving, "build", lambda *_: MemoryEngine())
+    service = Service(make_config(tmp_path), tmp_path / "eternad.toml")
+    items = [
+        (
+            Example(shape="boolean", prompt=(Message("user", each.asked),), completion=each.answer, label=True),
+            Origin(file="f.jsonl", source="game", subject=f"h:{each.id:016x}", record_id=identity(each.id)),
+        ) for each in [*crowd(400), *planted(8)]
+    ]  # fmt: skip
+    with transaction(service.house.database) as connection:
+        journal.add(connection, "npc", items, heldout_fraction=0.0)
+    run = service.updates.start("npc", "manual")
+    assert run is not None
+    rows = service.house.database.execute(
+        "SELECT state, count(*), sum(instr(body, 'Malvo') > 0) FROM example GROUP BY 1"
+    )
+    assert rows.fetchall() == [("claimed", 400, 0), ("retracted", 8, 8)]
+    service.house.close()

@@ -107,7 +107,7 @@ class Adapter:
         """Let every LoRA layer compute with the working copy and add its gradients to the flat one."""
         index = {name: place for place, name in enumerate(self.names)}
         work, slopes = self._views(self._work), self._views(self.gradient)
-        layers = [
+        layers: list[tuple[str, Any]] = [
             (name, layer)
             for name, layer in self.model.named_modules()
             if isinstance(layer, LoraLayer) and isinstance(layer.base_layer, nn.Linear)  # a 4-bit layer is one as well
@@ -119,7 +119,7 @@ class Adapter:
                 A=leaves[a], B=leaves[b], work_a=work[a], work_b=work[b], gradient_a=slopes[a], gradient_b=slopes[b],
                 scaling=float(layer.scaling["default"]), place=place,
             )  # fmt: skip
-            layer.forward = _forward_of(layer, found[layer], self.state)  # type: ignore[method-assign]
+            layer.forward = _forward_of(layer, found[layer], self.state)
         return found
 
     def refresh(self) -> None:

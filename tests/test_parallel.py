@@ -190,6 +190,32 @@ def test_two_processes_give_the_adapter_of_one(
     assert two.evaluation.new.after.mean == pytest.approx(one.evaluation.new.after.mean, abs=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "near"), [({"precision": "bfloat16"}, 5e-3), ({"recompute_layers": True}, TOLERANCE)]
+)
+def test_two_processes_stay_near_one_in_bfloat16_and_with_layers_computed_anew(
+    tiny_base: Path, tmp_path: Path, changes: dict[str, Any], near: float
+) -> None:
+    """Every backend: bfloat16 rounds each part of a sum (8 bits), so that is near and not equal."""
+    one = alone(tiny_base, tmp_path / "one", "ewc", training=changes)
+    backends = [name for name in TESTED if not missing_extra(Parallel(executor="torchrun", backend=name))]
+    runs = {
+        name: request(
+            tiny_base, tmp_path / name, "ewc", training=changes,
+            parallel=Parallel(executor="torchrun", backend=name, processes=2),
+        )
+        for name in backends
+    }  # fmt: skip
+    many(list(runs.values()))
+    found = {name: difference(tmp_path / "one", run) for name, run in runs.items()}
+    assert max(found.values()) < near, found
+    for run in runs.values():
+        assert [loss for _, loss in finished(run).losses] == pytest.approx(
+            [loss for _, loss in one.losses], abs=10 * near
+        )
+
+
 @pytest.fixture
 def endless(tiny_base: Path, tmp_path: Path) -> "Iterator[tuple[Path, subprocess.Popen[bytes]]]":
     """Two processes that train for hours; what is left of them is ended."""

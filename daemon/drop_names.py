@@ -12,7 +12,7 @@ IGNORE_FILE = ".eternadignore"
 _PATTERNS = (
     ".*", "*~", "~$*", "#*#", "*.swp", "*.swx", "*.tmp", "*.temp", "*.part", "*.partial", "*.crdownload", "*.download",
     "*.filepart", "*.bak", "*.orig", "*.lock", "*.unconfirmed*", "Thumbs.db", "desktop.ini", "__MACOSX", "@eaDir",
-    "*sync-conflict*", "*.meta.json", "*.batch.json",
+    "*sync-conflict*", "*.meta.json",
 )  # fmt: skip
 """Dotfiles (`.git` among them), and what editors, browsers and sync tools write for a moment."""
 _TEMPORARY = re.compile("|".join(map(translate, _PATTERNS)))

@@ -1,6 +1,6 @@
 """When is a dropped file finished? Decided from what it looked like when, apart from any file system."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -36,6 +36,7 @@ class StabilityTracker:
     def __init__(self, stability_seconds: float, never_stable_seconds: float) -> None:
         self._stability, self._never = stability_seconds, never_stable_seconds
         self._sightings: dict[str, _Sighting] = {}
+        self._awaited: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._sightings)
@@ -61,8 +62,13 @@ class StabilityTracker:
             seen.known, seen.handed, seen.attempts = known, None, 0
         return False
 
+    def expect(self, paths: Iterable[str]) -> None:
+        """Files of a batch: whether they are complete is told by their hash."""
+        self._awaited.update(paths)
+
     def lose(self, relative: str) -> None:
         """The file is gone, or known."""
+        self._awaited.discard(relative)
         self._sightings.pop(relative, None)
 
     def due(self, now: float) -> list[str]:
@@ -88,6 +94,8 @@ class StabilityTracker:
         seen.since, seen.first = min(seen.since, now), min(seen.first, now)  # the clock was set back
         if seen.handed is not None:
             return min(seen.handed, now) + min(RETRY_SECONDS * 2.0**seen.attempts, RETRY_SECONDS_MAX)
-        # a line of a feedback file that has its end is finished, and so is a file renamed from a temporary name
-        is_fast = seen.is_complete or seen.relative.startswith("feedback/")
+        # a line of a feedback file that has its end is finished, and so is a file renamed from a temporary name; a torn
+        # manifest waits for its end, and a file of a batch for its hash
+        is_fast = seen.is_complete or seen.relative.startswith("feedback/") or seen.relative.endswith(".batch.json")
+        is_fast = is_fast or seen.relative in self._awaited
         return seen.since + (0.0 if is_fast else self._stability)

@@ -10,7 +10,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from watchdog.events import (
@@ -128,6 +128,10 @@ class Watcher:
         if self._root is not None:
             os.close(self._root)
             self._root = None
+
+    def expect(self, paths: Iterable[str]) -> None:
+        """These files of a batch need no time to settle: their hash tells whether they are complete."""
+        self._tracker.expect(paths)
 
     def request_scan(self) -> None:
         """Compare the whole directory at the next call of `finished`."""

@@ -46,14 +46,21 @@ def read_content(
     connection: Connection, config: Config, finished: Finished, place: Place, descriptor: int, now: float
 ) -> Outcome:
     """Take in one content file; the same bytes as before are only noted. Raises `Problem` for a file that is bad."""
+    with transaction(connection):
+        return take_content(connection, config, finished, place, descriptor, now)
+
+
+def take_content(
+    connection: Connection, config: Config, finished: Finished, place: Place, descriptor: int, now: float
+) -> Outcome:
+    """The same inside the caller's transaction, for files that are taken in together."""
     suffix = _suffix(finished.path, place.name)
     signature = signature_of(os.fstat(descriptor))
     _check_size(signature.size, config.watch)
     row = FileRow(path=finished.path, signature=signature, sha256=_digest(descriptor))
     before = files.get(connection, finished.path)
     if before is not None and before.sha256 == row.sha256:
-        with transaction(connection):
-            files.put(connection, row, now)
+        files.put(connection, row, now)
         return Outcome(path=finished.path, model=place.model, state="unchanged")
     said = metadata.read(config.library_directory, finished.relative, descriptor, now)
     return _store(connection, config, _Reading(place, row, said, suffix), descriptor, now)
@@ -96,34 +103,33 @@ def _items(reading: _Reading, located: Iterator[Located]) -> Iterator[tuple[Exam
 
 def _store(connection: Connection, config: Config, reading: _Reading, descriptor: int, now: float) -> Outcome:
     place, row, said = reading.place, reading.row, reading.metadata
-    located = _located(reading, descriptor, config.watch)  # a child process works outside of the transaction
+    located = _located(reading, descriptor, config.watch)
     split: Split | None = "eval" if place.area == "eval" else said.split
-    with transaction(connection):
-        is_eval = split == "eval"
-        items = _items(reading, located)
-        items = (
-            decontaminate.remember(connection, place.model, items) if is_eval
-            else decontaminate.clean(connection, place.model, items, reading.contaminated)
-        )  # fmt: skip
-        added = journal.add(
-            connection, place.model, items, heldout_fraction=config.watch.heldout_fraction,
-            split=None if split == "train" else split, now=now, kin=Kin(connection, place.model),
-        )  # fmt: skip
-        if signature_of(os.fstat(descriptor)) != row.signature:
-            raise Moved(row.path)  # written to while it was read: nothing of it counts
-        withdrawn = documents.replace(
-            connection, place.model, row.path, said.id, row.sha256, added.ids, said.replaced(), now
-        )
-        quarantine.remove_of(connection, row.path)
-        note_lines(connection, row.path, reading.bad, now)
-        _note_contaminated(connection, reading, now)
-        files.put(connection, row, now)
-        outcome = Outcome(
-            path=row.path, model=place.model, new=added.new, duplicates=added.duplicates, heldout=added.heldout,
-            retracted=withdrawn, bad_lines=len(reading.bad),
-        )  # fmt: skip
-        counted = {"new": added.new, "duplicates": added.duplicates, "withdrawn": withdrawn}
-        audit.write(connection, "file.read", row.path, {**counted, "bad_lines": len(reading.bad), "sha256": row.sha256})
+    is_eval = split == "eval"
+    items = _items(reading, located)
+    items = (
+        decontaminate.remember(connection, place.model, items) if is_eval
+        else decontaminate.clean(connection, place.model, items, reading.contaminated)
+    )  # fmt: skip
+    added = journal.add(
+        connection, place.model, items, heldout_fraction=config.watch.heldout_fraction,
+        split=None if split == "train" else split, now=now, kin=Kin(connection, place.model),
+    )  # fmt: skip
+    if signature_of(os.fstat(descriptor)) != row.signature:
+        raise Moved(row.path)  # written to while it was read: nothing of it counts
+    withdrawn = documents.replace(
+        connection, place.model, row.path, said.id, row.sha256, added.ids, said.replaced(), now
+    )
+    quarantine.remove_of(connection, row.path)
+    note_lines(connection, row.path, reading.bad, now)
+    _note_contaminated(connection, reading, now)
+    files.put(connection, row, now)
+    outcome = Outcome(
+        path=row.path, model=place.model, new=added.new, duplicates=added.duplicates, heldout=added.heldout,
+        retracted=withdrawn, bad_lines=len(reading.bad),
+    )  # fmt: skip
+    counted = {"new": added.new, "duplicates": added.duplicates, "withdrawn": withdrawn}
+    audit.write(connection, "file.read", row.path, {**counted, "bad_lines": len(reading.bad), "sha256": row.sha256})
     return outcome
 
 

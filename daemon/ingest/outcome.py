@@ -9,10 +9,13 @@ class Outcome(msgspec.Struct, kw_only=True):
     """The result of `ingest_file`."""
 
     path: str
-    state: Literal["read", "partial", "unchanged", "moved", "quarantined"] = "read"
-    """`partial`: more lines wait, call again. `moved`: it changed or went meanwhile; the watcher brings it again."""
+    state: Literal["read", "partial", "unchanged", "moved", "waiting", "quarantined"] = "read"
+    """`partial`: more lines wait, call again. `moved`: it changed or went meanwhile; the watcher brings it again.
+    `waiting`: its batch is not complete; the watcher brings it again."""
     reason: str = ""
-    """Quarantined: the message."""
+    """Quarantined, waiting: the message."""
+    awaited: tuple[str, ...] = ()
+    """Waiting: the files of the batch, which need not be looked at for long when they come."""
     model: str = ""
     new: int = 0
     """Examples that the journal did not have."""

@@ -3,6 +3,7 @@
 import re
 
 from daemon.config import Config
+from daemon.ingest import batch
 from daemon.ingest.content_file import read_content
 from daemon.ingest.feedback_file import read_feedback
 from daemon.ingest.opened import opened
@@ -37,7 +38,10 @@ def _read(connection: Connection, config: Config, finished: Finished, now: float
     place = place_of(finished.path, config.models)
     with opened(config.library_directory, finished) as descriptor:
         if place.area != "feedback":
-            return read_content(connection, config, finished, place, descriptor, now)
+            if place.name.endswith(batch.SUFFIX):
+                return batch.read_batch(connection, config, finished, descriptor, now)
+            named = batch.read_named(connection, config, finished, now)
+            return named or read_content(connection, config, finished, place, descriptor, now)
         _check_feedback_name(finished.path, place)
         return read_feedback(connection, config, finished, place, descriptor, now)
 

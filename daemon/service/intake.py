@@ -64,6 +64,8 @@ class Intake:
                 raise  # nothing is wrong with the file: the turn is tried again when the disk takes it
             log.exception("%r could not be taken in; it is tried again at the next scan", finished.path)
             return
+        if outcome.awaited and self._watcher is not None:
+            self._watcher.expect(outcome.awaited)
         if outcome.state == "quarantined":
             log.warning("%s", outcome.reason)
         else:

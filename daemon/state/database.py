@@ -179,6 +179,17 @@ MIGRATIONS: list[tuple[str, str]] = [
         """,
     ),
     *trust_schema.MIGRATIONS,
+    (
+        "batch-1",
+        """
+        CREATE TABLE batch_file (             -- files that wait for all of their batch, by the manifest that names them
+          path TEXT PRIMARY KEY,
+          manifest TEXT NOT NULL,
+          since REAL NOT NULL
+        ) WITHOUT ROWID;
+        CREATE INDEX batch_manifest ON batch_file (manifest);
+        """,
+    ),
 ]
 
 

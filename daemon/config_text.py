@@ -151,7 +151,8 @@ def commented(model: str, base: Path) -> str:
         "library_directory": "library", "state_directory": "state", "base_path": str(base), "engine": "local",
         "urls": ["http://127.0.0.1:8900"], "listen": "127.0.0.1:8787",
     }  # fmt: skip
-    given_in = dict.fromkeys(GIVEN_TABLES, given) | {Training: recipe.pace_for(base)._asdict()}
+    given_in: dict[type, dict[str, Any]] = {Training: recipe.pace_for(base)._asdict()}
+    given_in |= dict.fromkeys(GIVEN_TABLES, given)
     lines = ["# eternad: relative paths are relative to this file. `eternad check-config` checks it.", ""]
     for name, table in TABLES:
         if name in ("trust.sources.NAME", "metrics.NAME"):

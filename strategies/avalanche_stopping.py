@@ -46,8 +46,8 @@ class Stopping(Learner, supports_distributed=True):
     def __init__(self, parameters: catalog.Avalanche) -> None:
         super().__init__()
         given = dict(parameters.parameters)
-        self.stream: Any = given.get("val_stream_name", catalog.STREAMS[0])
-        self.plugin = EarlyStoppingPlugin(
+        self.stream: Any = str(given.get("val_stream_name", catalog.STREAMS[0]))
+        self.plugin: Any = EarlyStoppingPlugin(
             patience=int(given.get("patience", 1)), val_stream_name=self.stream, metric_name=METRIC, mode="min",
             margin=float(given.get("margin", 0.0)),
         )  # fmt: skip

@@ -23,7 +23,7 @@ def lines(title: str, series: dict[str, Series], x_label: str, y_label: str) -> 
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
         parts.append(f'<polyline class="line series-{number}" points="{path}"/>')
         parts += [f'<circle class="dot series-{number}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in _few(placed)]
-        parts.append(_legend(number, name))
+        parts.append(_legend(len(series) - number, number, name))
     return _svg(title, parts, WIDTH, HEIGHT)
 
 
@@ -62,11 +62,12 @@ def _grid(xs: tuple[float, float], ys: tuple[float, float], x_label: str, y_labe
     return parts
 
 
-def _legend(number: int, name: str) -> str:
-    x = WIDTH - 180
+def _legend(from_the_right: int, number: int, name: str) -> str:
+    """Above the plot, side by side: a line at the top runs through nothing."""
+    x = WIDTH - 150 * from_the_right
     return (
-        f'<rect class="dot series-{number}" x="{x}" y="{4 + 15 * number}" width="10" height="10"/>'
-        f'<text class="label" x="{x + 15}" y="{13 + 15 * number}">{escape(name)}</text>'
+        f'<rect class="dot series-{number}" x="{x}" y="4" width="10" height="10"/>'
+        f'<text class="label" x="{x + 15}" y="13">{escape(name)}</text>'
     )
 
 

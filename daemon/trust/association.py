@@ -62,10 +62,10 @@ def suspects(
 ) -> dict[int, Pair]:
     """`{id: pair}` of those that wait and belong to a pair of `least` records or more that `is_known` to nobody."""
     texts = [(phrases(each.asked), phrases(each.answer)) for each in tellings]
-    questions = Counter(phrase for asked, _ in texts for phrase in asked)
+    questions = Counter(phrase for those_asked, _ in texts for phrase in those_asked)
     answers: dict[str, list[int]] = defaultdict(list)
-    for place, (asked, answer) in enumerate(texts):
-        for phrase in answer - asked:  # an answer may take up words of its question
+    for place, (those_asked, those_said) in enumerate(texts):
+        for phrase in those_said - those_asked:  # an answer may take up words of its question
             answers[phrase].append(place)
     rare = max(RARE_RECORDS, RARE_SHARE * len(tellings))
     found: dict[int, Pair] = {}

@@ -50,16 +50,16 @@ def test_recomputed_layers_give_the_same_gradient(tiny_base: Path, by_layers: bo
 
 @pytest.mark.parametrize("by_layers", [False, True])
 def test_recomputed_layers_need_a_fraction_of_the_memory(tmp_path: Path, by_layers: bool) -> None:
-    """Sixteen layers over four sequences of 256 tokens: what attention alone keeps is 16 x 4 MB."""
-    adapter = loaded(make_tiny_base(tmp_path / "base", layers=16), by_layers=by_layers)
-    tokens = torch.randint(3, 250, (4, 256), generator=torch.Generator().manual_seed(2))
+    """Ten layers over four sequences of 512 tokens: what attention alone may keep is 10 x 17 MB."""
+    adapter = loaded(make_tiny_base(tmp_path / "base", layers=10), by_layers=by_layers)
+    tokens = torch.randint(3, 250, (4, 512), generator=torch.Generator().manual_seed(2))
     peaks = {}
+    gradient(adapter, tokens, [512] * 4, recomputes=True)  # warm: what libraries keep is theirs
     for recomputes in (True, False):
-        gradient(adapter, tokens, [256] * 4, recomputes=recomputes)  # warm: what libraries keep is theirs
         give_back()  # else what the heap has kept of it is there already
         forget_peak()
         before = peak_bytes()
-        gradient(adapter, tokens, [256] * 4, recomputes=recomputes)
+        gradient(adapter, tokens, [512] * 4, recomputes=recomputes)
         peaks[recomputes] = peak_bytes() - before
-    assert peaks[False] > 40e6
+    assert peaks[False] > 60e6
     assert peaks[True] < 0.5 * peaks[False]

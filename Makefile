@@ -37,6 +37,10 @@ test: install ## everything that CI runs: doors, style, types, tests
 test-slow: install ## the long checks: hundreds of kills, ten thousand requests under swaps
 	$(BIN)/python -m pytest -m slow
 
+.PHONY: walk
+walk: install ## docs/systemd.md followed line by line, from git clone to a model that has learned, on a machine of its own
+	$(BIN)/python -m pytest -s -m slow tests/test_walk.py
+
 RAY := .cache/ray
 .PHONY: test-ray bench-tuning
 

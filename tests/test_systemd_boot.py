@@ -186,8 +186,8 @@ def test_the_target_is_all_of_it(machine: Machine) -> None:
 
 
 def test_the_walk_of_the_docs_runs(machine: Machine) -> None:
-    """Every command of "From there to a running unit", as it stands, ends in a daemon, an engine and a page."""
-    text = (ROOT / "docs" / "systemd.md").read_text().split("<!-- tests/test_systemd_boot.py", 1)[1]
+    """Every command of "To a running unit", as it stands, ends in a daemon, an engine and a page."""
+    text = (ROOT / "docs" / "systemd.md").read_text().split("tests/test_systemd_boot.py runs these lines, too -->", 1)[1]
     commands = text.split("```sh\n", 1)[1].split("```", 1)[0].splitlines()
     machine.run("rm", "/etc/eternad/eternad.toml")
     for command in commands:

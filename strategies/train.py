@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections import defaultdict
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import torch
@@ -305,7 +306,17 @@ def conclude(run_directory: Path, pulse: Pulse, report: RunReport) -> None:
         checkpoint.remove_checkpoint(run_directory)
 
 
+def leave(code: int) -> NoReturn:
+    """End this process. Alone, without tearing down an interpreter full of torch: 1.5 CPU seconds between the report,
+    which is on disk, and the swap. Several processes take leave of each other."""
+    if not {"WORLD_SIZE", "HOROVOD_SIZE"} & os.environ.keys():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m strategies.train RUN_DIR")
-    sys.exit(main(Path(sys.argv[1])))
+    leave(main(Path(sys.argv[1])))

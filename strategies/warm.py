@@ -44,4 +44,4 @@ def main(wanted: Wanted) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Wanted.read(sys.argv[1])))
+    train.leave(main(Wanted.read(sys.argv[1])))

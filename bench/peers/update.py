@@ -97,7 +97,8 @@ def update(work: Work, directory: Path) -> dict[str, float]:
     reported = (run / "report.json").stat().st_mtime
     phases = {f"phase {name}": seconds for name, seconds in report.seconds.items()}
     return phases | {
-        "spawn to first step": first - spawned, "last step to report": reported - last, "whole update": ended - spawned,
+        "spawn to first step": first - spawned, "last step to report": reported - last,
+        "report to exit": ended - reported, "whole update": ended - spawned,
         "CPU of the whole update": used.children_user + used.children_system,
     }  # fmt: skip
 

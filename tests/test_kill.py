@@ -13,6 +13,8 @@ import pytest
 from kill_kit import Child, check_oracle, consumed, look, scripted, wait, write_drop
 from service_kit import prepare_lab
 
+from daemon import control
+
 CONFIG = """
 library_directory = "library"
 state_directory = "state"
@@ -94,6 +96,39 @@ def test_killed_around_an_end_nothing_is_lost_or_served(place: Path, point: str)
     wait(ended, 30, "the run has ended and its examples wait", place / "daemon.log")
     assert daemon.stop() == 0
     assert not list((place / "state" / "versions").glob("*/*"))
+
+
+@pytest.mark.parametrize("point", ["PENDING:before#2", "PENDING:after#2"])
+def test_killed_around_another_attempt_the_update_completes_once(place: Path, point: str) -> None:
+    """The trainer has died, and the daemon dies as it puts the run back: the next one tries it again."""
+    (place / "lab" / "orders").write_text("crash")
+    daemon = scripted(place)
+    write_drop(place, "a.jsonl", range(10))
+    daemon.start(ETERNAD_FAILPOINT=point)
+    wait(lambda: is_dead(daemon), 30, f"the daemon dies at {point}", place / "daemon.log")
+    (place / "lab" / "orders").unlink()
+    start_for_good(daemon, place)
+    wait(lambda: consumed(place) == 9, 30, "the update is live", place / "daemon.log")
+    assert daemon.stop() == 0
+    check_oracle(place, 10)
+
+
+@pytest.mark.parametrize("point", ["CANCELLED:before", "CANCELLED:after"])
+def test_killed_around_a_cancellation_the_examples_are_learned_once(place: Path, point: str) -> None:
+    """Before it the run goes on, after it another one learns what waits: in both cases one version does."""
+    (place / "lab" / "orders").write_text("slow")
+    daemon = scripted(place)
+    write_drop(place, "a.jsonl", range(10))
+    daemon.start(ETERNAD_FAILPOINT=point)
+    wait((place / "lab" / "trained").exists, 30, "a trainer works", place / "daemon.log")
+    (place / "lab" / "orders").unlink()
+    with pytest.raises(control.NotRunning):
+        control.Client(control.socket_path(place / "state")).send(control.Order(action="cancel", run_id="npc-00001"))
+    wait(lambda: is_dead(daemon), 30, f"the daemon dies at {point}", place / "daemon.log")
+    start_for_good(daemon, place)
+    wait(lambda: consumed(place) == 9, 30, "the update is live", place / "daemon.log")
+    assert daemon.stop() == 0
+    check_oracle(place, 10)
 
 
 def kill_at_random(place: Path, seed: int, kills: int, drops: int) -> int:

@@ -11,6 +11,7 @@ from rollout_kit import MemoryGateway
 from service_kit import drop, make_config, turn_until, use_trainer
 
 from buffers import journal
+from daemon import failpoint
 from daemon.config import ConfigError, load
 from daemon.control import Action, Command, Order, Reply
 from daemon.engines.exposure import Split
@@ -238,6 +239,29 @@ def test_what_does_badly_is_rolled_back(
     live = runs.live_version(service.house.database, "npc")
     assert live is not None and live.number == 1
     assert trial_of(service).outcome == "rolled_back"
+
+
+class Crash(BaseException):
+    """What kill -9 is to a process: nothing of the step is cleaned up."""
+
+
+@pytest.mark.parametrize("point", ["ROLLED_BACK:before", "ROLLED_BACK:after"])
+def test_a_crash_around_a_rollback_leaves_nothing_half(make: Make, gateway: MemoryGateway, point: str) -> None:
+    """Before the transaction the trial is judged again, after it the share goes: the live version serves on."""
+
+    def reach(name: str) -> None:
+        if name == point:
+            raise Crash
+
+    service = with_live(make, gateway)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(failpoint, "reach", reach)
+        turn_busily(service, busy(gateway, answered=10, failed=10), lambda: False)
+    service = make()
+    turn_busily(service, busy(gateway, answered=10, failed=10), lambda: gateway.shares == {})
+    assert (state_of(service), gateway.table) == ("ROLLED_BACK", {"npc": "npc@0001"})
+    assert trial_of(service).outcome == "rolled_back"
+    assert journal.pending(service.house.database, "npc").train == 9
 
 
 def say(service: Service, number: int, value: object, adapter: str, kind: str = "boolean") -> None:

@@ -180,8 +180,7 @@ class Updates:
         if finished.outcome == "trained":
             return self._move(run, "TRAINED", pid=None)
         if finished.outcome == "interrupted":
-            with transaction(self._house.database) as connection:
-                runs.move(connection, run, "PENDING", "interrupted; goes on from its checkpoint", pid=None)
+            self._move(run, "PENDING", "interrupted; goes on from its checkpoint", pid=None)
             return None  # not begun again at once: it was told to stop
         if finished.outcome == "died":
             return self._again(run, finished.code, finished.reason)
@@ -195,8 +194,7 @@ class Updates:
         if code == "oom":
             update.use_less_memory(self.directory(run))
         log.warning("run %s: %s; trying again", run.id, reason)
-        with transaction(self._house.database) as connection:
-            return runs.move(connection, run, "PENDING", reason, pid=None, attempts=run.attempts + 1)
+        return self._move(run, "PENDING", reason, pid=None, attempts=run.attempts + 1)
 
     def _judge(self, run: Run) -> Run | None:
         report = read_report(self.directory(run))

@@ -143,22 +143,28 @@ def test_sigterm_in_mid_training_keeps_the_work(machine: Machine) -> None:
     assert (last_run(machine)["id"], last_run(machine)["attempts"]) == ("npc-00001", 0)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
+def reload_with(machine: Machine, hang_seconds: float) -> None:
+    """How long a trainer may stand still from now on."""
+    machine.write("/etc/eternad/eternad.toml", f"hang_seconds = {hang_seconds}\n" + CONFIG.format(epochs=60))
+    machine.run("systemctl", "reload", "eternad")
+
+
+@pytest.mark.timeout(600)
 def test_a_hung_trainer_is_ended_and_the_daemon_goes_on(machine: Machine) -> None:
     """The trainer stands still: killed after `hang_seconds`, begun again from its checkpoint, one attempt used up."""
-    machine.write("/etc/eternad/eternad.toml", "hang_seconds = 150.0\n" + CONFIG.format(epochs=60))
+    machine.write("/etc/eternad/eternad.toml", "hang_seconds = 600.0\n" + CONFIG.format(epochs=60))
     machine.run("systemctl", "start", "eternad")
     drop_content(machine)
     machine.wait("step 10", lambda: step(machine) >= 10, 180)
     daemon = machine.show("eternad", "MainPID")
     trainer = machine.run("pgrep", "-f", "strategies.train").split()[0]
     machine.run("kill", "-STOP", trainer)
-    gone = lambda: trainer not in machine.run("pgrep", "-f", "strategies.train", check=False)  # noqa: E731
-    machine.wait("the end of the trainer", gone, 240)
+    reload_with(machine, 5.0)
+    machine.wait("the end of the trainer", lambda: "made no progress" in machine.messages("eternad"), 120)
+    reload_with(machine, 600.0)  # a busy machine may need long to load the libraries again
+    assert trainer not in machine.run("pgrep", "-f", "strategies.train", check=False).split()
     machine.wait("the end", lambda: last_run(machine)["state"] in ("ACCEPTED", "PUBLISHED"), 300)
     assert (last_run(machine)["id"], last_run(machine)["attempts"]) == ("npc-00001", 1)
-    assert "made no progress" in machine.messages("eternad")
     assert machine.show("eternad", "MainPID") == daemon
 
 
@@ -187,7 +193,9 @@ def test_the_target_is_all_of_it(machine: Machine) -> None:
 
 def test_the_walk_of_the_docs_runs(machine: Machine) -> None:
     """Every command of "To a running unit", as it stands, ends in a daemon, an engine and a page."""
-    text = (ROOT / "docs" / "systemd.md").read_text().split("tests/test_systemd_boot.py runs these lines, too -->", 1)[1]
+    text = (
+        (ROOT / "docs" / "systemd.md").read_text().split("tests/test_systemd_boot.py runs these lines, too -->", 1)[1]
+    )
     commands = text.split("```sh\n", 1)[1].split("```", 1)[0].splitlines()
     machine.run("rm", "/etc/eternad/eternad.toml")
     for command in commands:

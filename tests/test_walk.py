@@ -1,7 +1,7 @@
-"""The newcomer's walk of docs/systemd.md, followed: every command as it stands there, on a machine that has nothing yet.
+"""The newcomer's walk of docs/systemd.md, followed: every command as it stands there, on a machine that has nothing.
 
-The machine is a systemd of its own (`boot_systemd.sh`) with an empty /etc, /var and /srv. It has no network, so the lines
-of "Install" run here before it boots, in a mount namespace where /opt/eternad is the one that it will see.
+The machine is a systemd of its own (`boot_systemd.sh`) with an empty /etc, /var and /srv. It has no network, so the
+lines of "Install" run here before it boots, in a mount namespace where /opt/eternad is the one that it will see.
 """
 
 import os

@@ -83,6 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run what is missing, then write the report over everything that was measured in this setting."""
     given = _parser().parse_args(arguments)
     setting = setting_of(given)
+    if given.report:
+        write_report(kept(setting, given.strategies, given.seeds), given.title, given.docs)
+        return 0
     recipes = RECIPES | (_read_recipes(given.recipes) if given.recipes else {})
     torch.set_num_threads(setting.threads)
     adapter = load_adapter(setting.base, Lora(rank=setting.rank, alpha=2.0 * setting.rank))
@@ -92,13 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name, seed in [(name, seed) for seed in given.seeds for name in given.strategies]:
         sequence = [setting.limited(task) for task in tasks_of(given, seed)]
         wanted = cell_of(setting, sequence, name, recipes[name], seed)
-        known = finished(setting, wanted)
-        if known is None and given.report:
-            continue
-        cells.append(known or cell(setting, adapter, sequence, recipes[name], wanted))
+        cells.append(finished(setting, wanted) or cell(setting, adapter, sequence, recipes[name], wanted))
         print(cells[-1].summary(), flush=True)
-    if not cells:
-        raise SystemExit("no cell of these strategies and seeds is finished in this setting")
     write_report(sorted(cells, key=lambda each: given.strategies.index(each.strategy)), given.title, given.docs)
     return 0
 
@@ -189,6 +187,19 @@ def cell_of(setting: Setting, sequence: list[Task], name: str, recipe: list[Stra
     )  # fmt: skip
 
 
+def kept(setting: Setting, strategies: list[str], seeds: list[int]) -> list[Cell]:
+    """The finished cells at this learning rate, strategy by strategy, however many examples their steps have."""
+    found = [
+        each
+        for file in sorted(setting.work.glob("*/cell.json"))
+        if (each := msgspec.json.decode(file.read_bytes(), type=Cell)).learning_rate == setting.learning_rate
+        and each.strategy in strategies and each.seed in seeds
+    ]  # fmt: skip
+    if not found:
+        raise SystemExit(f"{setting.work}: no cell of these strategies and seeds is finished")
+    return sorted(found, key=lambda each: (strategies.index(each.strategy), each.seed))
+
+
 def finished(setting: Setting, wanted: Cell) -> Cell | None:
     """The cell as it was measured before in the same setting; None where it was not."""
     file = setting.work / f"{wanted.strategy}-seed{wanted.seed}" / "cell.json"
@@ -220,18 +231,16 @@ def measure(
     scored: list[list[float]] = []
     drifts: list[Drift] = []
     costs: list[Cost] = []
-    seconds = 0.0
     with chain.journal_at(directory) as connection:
         for number, task in enumerate(updates_of(sequence, wanted.strategy, setting), 1):
-            report, cost = chain.learn(setting, connection, directory, task, number, recipe, wanted.seed)
-            seconds += report.seconds["train"]
+            _, cost = chain.learn(setting, connection, directory, task, number, recipe, wanted.seed)
             costs.append(cost)
             adapter.load(chain.version(directory, number))
             scored.append([task_score(adapter, each) for each in sequence])
             drifts.append(drift(adapter, setting.probes))
             print(f"  {wanted.strategy} {task.name}: " + " ".join(f"{each:.2f}" for each in scored[-1]), flush=True)
     return msgspec.structs.replace(
-        wanted, before=before, scores=scored, train_seconds=seconds, drift_kl=[each.kl for each in drifts],
+        wanted, before=before, scores=scored, drift_kl=[each.kl for each in drifts],
         drift_nll=[each.nll - start.nll for each in drifts], costs=costs,
     )  # fmt: skip
 

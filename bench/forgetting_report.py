@@ -45,8 +45,8 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     """KL(base || model) on general text after every update, nats per token."""
     drift_nll: list[float] = []
     """Change of the loss on it."""
-    train_seconds: float = 0.0
     costs: list[Cost] = []
+    """Of every update."""
 
     def is_same_setting(self, other: "Cell") -> bool:
         """Whether two cells may be compared, so that a finished one need not be measured again."""
@@ -67,7 +67,8 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
             found["BWT"] = 100 * backward_transfer(matrix)
             found["FWT"] = 100 * forward_transfer(matrix, self.before)
             found["forgetting"] = 100 * forgetting(matrix)
-        return found | {"drift KL": self.drift_kl[-1], "drift NLL": self.drift_nll[-1], "seconds": self.train_seconds}
+        found |= {"drift KL": self.drift_kl[-1], "drift NLL": self.drift_nll[-1]}
+        return found | {"CPU seconds": sum(cost.cpu_seconds for cost in self.costs)}
 
     def summary(self) -> str:
         """One line."""
@@ -78,7 +79,7 @@ LONG = 8
 """Updates from which on a report says what each took."""
 SETTLED = 4
 """The buffer has a past by then, and the retention something to remove."""
-COLUMNS = ("ACC", "BWT", "FWT", "forgetting", "drift KL", "drift NLL", "seconds")
+COLUMNS = ("ACC", "BWT", "FWT", "forgetting", "drift KL", "drift NLL", "CPU seconds")
 
 
 def write_report(cells: Sequence[Cell], title: str, docs: Path) -> Path:
@@ -100,15 +101,16 @@ def text_of(by_strategy: dict[str, list[Cell]], title: str, pictures: Sequence[P
     lines = [
         f"# Forgetting: {title}",
         "",
-        f"Tasks in their order: {', '.join(first.tasks)}. Learning rate {first.learning_rate:g},"
-        f" {first.batch_examples} examples a step, seeds {', '.join(map(str, seeds))}, one where no more were run; from"
-        " three seeds on, 95 % bootstrap intervals over seeds stand in brackets."
+        f"Tasks in their order: {', '.join(first.tasks)}. Learning rate {first.learning_rate:g}, seeds"
+        f" {', '.join(map(str, seeds))}, one where no more were run; from three seeds on, 95 % bootstrap intervals over"
+        " seeds stand in brackets."
         " Scores in percent: facts by all answer tokens on paraphrased questions, classification by argmax over the"
         " options. Drift in nats per token on general text that is neither trained on nor rehearsed.",
         "",
-        "| strategy | seeds | " + " | ".join(COLUMNS) + " |",
-        "| --- |" + " ---: |" * (1 + len(COLUMNS)),
-        *(f"| {name} | {len(cells)} | " + " | ".join(_row(cells)) + " |" for name, cells in by_strategy.items()),
+        "| strategy | examples a step | seeds | " + " | ".join(COLUMNS) + " |",
+        "| --- |" + " ---: |" * (2 + len(COLUMNS)),
+        *(f"| {name} | {cells[0].batch_examples} | {len(cells)} | " + " | ".join(_row(cells)) + " |"
+          for name, cells in by_strategy.items()),
         "",
         *(line for name, cells in by_strategy.items() for line in _growth(name, cells[0])),
         *(f"![{picture.stem}]({picture.name})" for picture in pictures),
@@ -168,9 +170,9 @@ def _row(cells: Sequence[Cell]) -> list[str]:
 def _interval(values: Sequence[float], column: str) -> str:
     if not values:
         return "-"
-    digits = 3 if column.startswith("drift") else 0 if column == "seconds" else 1
+    digits = 3 if column.startswith("drift") else 0 if column == "CPU seconds" else 1
     text = f"{float(np.mean(values)):.{digits}f}"
-    if len(values) < 3 or column == "seconds":
+    if len(values) < 3 or column == "CPU seconds":
         return text
     low, high = bootstrap(values)
     return f"{text} [{low:.{digits}f}, {high:.{digits}f}]"

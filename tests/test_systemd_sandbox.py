@@ -104,6 +104,39 @@ def test_the_page_is_reached_through_its_socket(machine: Machine) -> None:
     assert machine.show("eternad-page.service", "ActiveState") == "active"
 
 
+CONNECT = """
+import socket
+try:
+    with socket.create_connection(("127.0.0.1", 8900), timeout=10) as found:
+        print("<6>heard " + found.recv(9).decode(), flush=True)
+except OSError as error:
+    print(f"<6>{error}", flush=True)
+"""
+
+
+def test_an_engine_on_a_port_needs_the_drop_in_tcp(machine: Machine) -> None:
+    """The machine's loopback is out of the unit's reach, and within it once the drop-in lets it."""
+    serve = (
+        "import socket; s = socket.create_server(('127.0.0.1', 8900))\nwhile True: s.accept()[0].sendall(b'an engine')"
+    )
+    machine.run("systemd-run", "--unit=eternad-test-engine", "/opt/eternad/bin/python", "-c", serve)
+    tcp = (shipped_directory() / "drop-in-tcp.conf").read_text()
+    machine.wait("the engine", lambda: "heard" in probe(machine, "eternad.service", CONNECT, tcp), 20)
+    machine.run("rm", "/run/systemd/system/eternad.service.d/99-test.conf")
+    assert "not supported by protocol" in probe(machine, "eternad.service", CONNECT)
+
+
+def test_with_the_drop_in_nfs_the_daemon_waits_for_the_mount(machine: Machine) -> None:
+    """What is to be mounted at the library's place is mounted before the daemon makes directories there."""
+    mount = "[Mount]\nWhat=tmpfs\nWhere=/srv/eternad\nType=tmpfs\nOptions=mode=0777\n"
+    machine.write("/run/systemd/system/srv-eternad.mount", mount)
+    machine.drop_in("eternad.service", (shipped_directory() / "drop-in-nfs.conf").read_text())
+    machine.run("systemctl", "start", "eternad.service")
+    assert machine.run("stat", "-f", "-c", "%T", "/srv/eternad/content").strip() == "tmpfs"
+    machine.run("systemctl", "stop", "eternad.service", "srv-eternad.mount")
+    machine.run("rm", "/run/systemd/system/srv-eternad.mount")
+
+
 PARSE = """
 import os, tempfile
 from daemon.config import Watch

@@ -16,8 +16,12 @@ from machine_kit import BOOT, ROOT, Machine, why_not
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_model, pytest.mark.timeout(2400)]
 BLOCKS = re.findall(
-    r"<!-- walk: (here|in the machine)[^>]*-->\n```sh\n(.*?)```", (ROOT / "docs" / "systemd.md").read_text(), re.DOTALL
+    r"<!-- walk: (here|in the machine|afterwards)[^>]*-->\n```sh\n(.*?)```",
+    (ROOT / "docs" / "systemd.md").read_text(),
+    re.DOTALL,
 )
+NEEDS_NETWORK_OR_OPT = ("git pull", "pip install", "rm -r /opt/eternad")
+"""Lines that are not run afterwards: the program is the same and mounted read-only."""
 SUDO = '#!/bin/sh\nexec "$@"\n'  # whoever follows is root already
 OPT = Path("/opt/eternad")
 
@@ -61,6 +65,20 @@ def follow(machine: Machine, command: str, clone: str) -> str:
     return done.stdout + done.stderr
 
 
+def upgrade_and_uninstall(machine: Machine) -> None:
+    """The lines of "Upgrade" leave the daemon ready, those of "Uninstall" no unit and all of the state."""
+    lines = [line for line in lines_of("afterwards") if not any(word in line for word in NEEDS_NETWORK_OR_OPT)]
+    cut = next(number for number, line in enumerate(lines) if "disable --now" in line)
+    for line in lines[:cut]:
+        follow(machine, line, "/root/eternad")
+    machine.wait("READY=1", lambda: machine.show("eternad", "ActiveState") == "active")
+    assert "version 1" in machine.eternad("status")
+    for line in lines[cut:]:
+        follow(machine, line, "/root/eternad")
+    assert machine.run("systemctl", "list-unit-files", "--no-legend", "eternad*", check=False) == ""
+    assert machine.run("ls", "/var/lib/eternad/versions/npc/0001/manifest.json", "/etc/eternad/eternad.toml")
+
+
 def test_the_walk_ends_with_a_model_that_has_learned(tmp_path: Path, smollm2: Path) -> None:
     """From `git clone` to a unit that serves version 1 of a model of one's own, and what the last commands then say."""
     if reason := why_not():
@@ -77,9 +95,10 @@ def test_the_walk_ends_with_a_model_that_has_learned(tmp_path: Path, smollm2: Pa
         machine = Machine(tmp_path / "machine")
         said = {command: follow(machine, command, "/root/eternad") for command in lines_of("in the machine")}
         assert machine.show("eternad", "NRestarts") == "0"
+        walked = time.monotonic()
+        upgrade_and_uninstall(machine)
         holder.stdin.close()
-    ended = time.monotonic()
-    print(f"the walk took {ended - started:.0f} s, of them {installed - started:.0f} s to install")
+    print(f"the walk took {walked - started:.0f} s, of them {installed - started:.0f} s to install")
     answer, history = (
         "".join(text for command, text in said.items() if word in command) for word in (" ask ", "history")
     )

@@ -1,6 +1,6 @@
 // Looks at the status page in a real browser, light and dark, wide and on a phone: no console error, nothing that
-// overflows, nothing that axe finds, and the time to the first paint of the front page. tests/test_page.py runs it;
-// `make page-tools` gets what it requires. By hand, with a daemon that shows its page:
+// overflows, nothing that axe finds, everything within reach of the keyboard, and the time to the first paint of the
+// front page. tests/test_page.py runs it; `make page-tools` gets what it requires. By hand, with a daemon and its page:
 //
 //   NODE_PATH=.cache/page/node_modules CHROMIUM=/usr/bin/chromium \
 //     node tests/page_check.cjs http://127.0.0.1:8787 [TOKEN] [FOLDER FOR SCREENSHOTS]
@@ -41,6 +41,21 @@ async function look(page, path, mode, width) {
   console.log("looked at", mode, width, path);
 }
 
+// the first Tab offers to skip the navigation, and the others reach everything that can be clicked
+async function keyboard(page) {
+  await page.goto(base + "/");
+  const clickable = await page.$$eval("a[href], button, summary, [tabindex='0']", (all) => all.filter((one) => one.checkVisibility()).length);
+  await page.keyboard.press("Tab");
+  if (!(await page.evaluate(() => document.activeElement.matches(".skip")))) problem("the first Tab does not offer to skip");
+  const reached = await page.evaluateHandle(() => new Set());
+  for (let number = 0; number < clickable; number += 1) {
+    await page.evaluate((all) => all.add(document.activeElement), reached);
+    await page.keyboard.press("Tab");
+  }
+  const found = await reached.evaluate((all) => all.size);
+  if (found < clickable) problem("Tab reaches", found, "of", clickable);
+}
+
 // milliseconds from the navigation to the first contentful paint, as the browser measures them
 async function paint(page) {
   await page.goto(base + "/");
@@ -68,6 +83,7 @@ async function main() {
     await page.setBypassCSP(true); // for axe itself, which is injected
     for (const path of paths) await look(page, path, mode, width);
   }
+  await keyboard(await (await browser.createBrowserContext()).newPage());
   await paints(await (await browser.createBrowserContext()).newPage());
   await browser.close();
   console.log(problems ? `${problems} problems` : "no problem found");

@@ -66,8 +66,8 @@ def address(chromium: str, tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.timeout(600)
 def test_a_browser_finds_nothing_wrong_with_the_page(chromium: str, address: str) -> None:
-    """Light and dark, wide and on a phone, signed in: no console error, nothing overflows, axe finds nothing, Tab reaches
-    all; and the front page is painted within 200 ms of the click, where the machine has nothing else to do."""
+    """Light and dark, wide and on a phone, signed in: no console error, nothing overflows, axe finds nothing, Tab
+    reaches all; and the front page is painted within 200 ms of the click, if the machine has nothing else to do."""
     done = subprocess.run(
         ["node", str(HERE / "page_check.cjs"), address, TOKEN], capture_output=True, text=True, check=False,
         timeout=580, env={**os.environ, "NODE_PATH": str(MODULES), "CHROMIUM": chromium},

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from strategies.attention import FLASH, attention_for, packed
 from strategies.dataset import Item
 from strategies.failure import Failure
+from strategies.fused import fuse
 from strategies.llama import Engine, is_supported
 from strategies.lora_linear import WINDOW_SHIFT, LoraGroup, LoraState, LoraWeights, draw_masks, lora_linear
 from strategies.parallel.contract import Backend
@@ -400,4 +401,5 @@ def _load_base(base_path: Path, dtype: torch.dtype, device: torch.device, quanti
     if quantize == "none":
         model = cast(Any, model).to(device)
     prepare(model)
+    fuse(model, device)
     return model.eval(), tokenizer

@@ -111,11 +111,11 @@ class LlamaProcess:
             time.sleep(0.05)
         raise TimeoutError(self.url)
 
-    def stop(self, *, gently: bool = True) -> None:
+    def stop(self, *, gently: bool = True, seconds: float = 30) -> None:
         """SIGTERM or SIGKILL, and wait."""
         assert self.process is not None
         self.process.terminate() if gently else self.process.kill()
-        self.process.wait(30)
+        self.process.wait(seconds)
 
 
 class Watched:
@@ -139,7 +139,7 @@ class Watched:
         self._stop.set()
         self._thread.join(60)
         if self.starts:
-            self.process.stop()
+            self.process.stop(gently=False)
 
     def _watch(self) -> None:
         while not self._stop.wait(0.05):
@@ -151,8 +151,10 @@ class Watched:
                 self._seen = now
 
     def restart(self) -> None:
-        """Stop if it runs, and start."""
+        """Stop if it runs, and start. b10434 does not hear a SIGTERM in its first moments: then it is killed."""
         if self.starts:
-            self.process.stop()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.stop(seconds=3)
+            self.process.stop(gently=False)
         self.process.start()
         self.starts += 1

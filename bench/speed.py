@@ -125,6 +125,10 @@ class Bench:
             versions=versions(), rounds=rounds, base=base.name,
         )  # fmt: skip
 
+    def go_on(self, earlier: Findings) -> None:
+        """Add to what calls before have measured; the page says when the first began, and the load then."""
+        self.findings = earlier
+
     def child(self, module: str, work: Work, variant: str = "", python: Path | None = None) -> bytes | None:
         """A child's result, if there is time for it; else None, and the page says what is missing."""
         name = f"{module} {variant}".strip()
@@ -135,6 +139,8 @@ class Bench:
         began = time.monotonic()
         found = run_child(python or self.python, module, work, variant, min(left, CHILD_SECONDS))
         self.taken[name] = time.monotonic() - began
+        if found is not None and name in self.findings.skipped:
+            self.findings.skipped.remove(name)  # of an earlier call
         return found if found is not None else self._missing(name)
 
     def _missing(self, name: str) -> None:
@@ -246,6 +252,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--minutes", type=float, default=13.0, help="what does not fit is left out")
     made.add_argument("--parts", default=",".join(PARTS), help="which parts to run")
     made.add_argument("--json", type=Path, help="also write everything that was measured there")
+    made.add_argument("--add", action="store_true", help="to what --json's file has of calls before: rounds and parts")
     made.add_argument("--docs", type=Path, default=ROOT / "docs")
     made.add_argument("--quick", action="store_true", help="one round: a smoke, not a measurement; no page is written")
     return made
@@ -256,6 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser().parse_args(arguments)
     rounds = 1 if given.quick else given.rounds
     bench = Bench(given.base.absolute(), given.general, rounds, given.quick, given.json, given.minutes)
+    if given.add and given.json and given.json.exists():
+        bench.go_on(msgspec.json.decode(given.json.read_bytes(), type=Findings))
     parts: dict[str, Callable[[], Any]] = {name: getattr(bench, name) for name in PARTS}
     for name in given.parts.split(","):
         parts[name]()

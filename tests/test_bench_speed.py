@@ -14,7 +14,7 @@ import torch
 from bench.peers import avalanche_naive, avalanche_plugins, gemm, ours, overhead, service, swap, work
 from bench.peers.documents import LENGTHS, batches
 from bench.peers.work import Mark, Result, Work
-from bench.speed import Bench, parser, run_child
+from bench.speed import Bench, main, parser, run_child
 from bench.speed_report import (
     BEGIN,
     END,
@@ -192,6 +192,24 @@ def test_what_there_is_no_time_for_is_named(tiny_base: Path, tmp_path: Path) -> 
     bench.strategies()
     assert bench.findings.skipped[:2] == ["swap", "overhead ewc"]
     assert "Not measured this time: swap; overhead ewc;" in text_of(bench.findings)
+
+
+def test_a_call_adds_to_what_calls_before_have_measured(
+    tiny_base: Path, tmp_path: Path, findings: Findings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pieces, between other work: tables of earlier parts stay, and what is made up for is no longer missing."""
+    findings.skipped = ["swap", "service"]
+    kept, docs = tmp_path / "kept.json", tmp_path / "docs"
+    kept.write_bytes(msgspec.json.encode(findings))
+    docs.mkdir()
+    (docs / "performance.md").write_text(f"{BEGIN}\n{END}\n")
+    monkeypatch.setattr("bench.speed.run_child", lambda *given: b'{"swap, flip ms": 0.25}')
+    general = str(ROOT / "examples" / "biblioteca" / "general")
+    given = ["--base", str(tiny_base), "--general", general, "--parts", "swap", "--json", str(kept), "--add"]
+    main([*given, "--docs", str(docs)])
+    page = (docs / "performance.md").read_text()
+    assert "swap, flip ms | 0.25 ms" in page and "| TRL" in page
+    assert "Not measured this time: service." in page
 
 
 def test_ratios_and_agreement(findings: Findings) -> None:

@@ -24,7 +24,7 @@ import torch
 
 from bench import chain
 from bench.chain import ROOT
-from bench.preference_world import Kind, Pair, pairs, records
+from bench.preference_world import Kind, Pair, Part, pairs, records
 from bench.scoring import TaskRow, recalled
 from bench.site import Site
 from buffers import experience, journal
@@ -63,8 +63,8 @@ class Learned(msgspec.Struct, frozen=True, kw_only=True):
     """Tested ones."""
     examples: dict[str, int]
     """Rows of the update by role."""
-    preference: dict[str, Accuracy]
-    """Under the base, before the update and after it."""
+    preference: dict[Part, dict[str, Accuracy]]
+    """Of tests in familiar words and of those in strange ones: under the base, before the update and after it."""
     facts: dict[str, float]
     """Share of the facts' questions, in other words than taught, that are answered right: before and after."""
     backward_transfer: float
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--facts", type=int, default=24, help="facts of update 1 [24]")
     parser.add_argument("--pairs", type=int, default=64, help="pairs of update 2 [64]")
-    parser.add_argument("--tested", type=int, default=40, help="pairs that are tested on [40]")
+    parser.add_argument("--tested", type=int, default=40, help="pairs of each kind that are tested on [40]")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="of update 2 [5e-4]")
     parser.add_argument("--epochs", type=int, default=2, help="of update 2 [2]")
     given = parser.parse_args()
@@ -184,24 +184,26 @@ def measure(started: Path, directory: Path, kind: Kind, given: argparse.Namespac
         shutil.copytree(started, directory)
     model = model_of(base, given.learning_rate, given.epochs, given.seed)
     site = site_at(directory, model)
-    site.batch(kind, records(kind, pairs(given.seed, given.pairs, tested=False), given.seed), NOW + 1)
+    site.batch(kind, records(kind, pairs(given.seed, given.pairs, "trained"), given.seed), NOW + 1)
     verdict, rows, drift, seconds = learn(site, 2, cache)
     site.database.close()
     asked = lore.rows(lore.generate(given.seed, 1, given.facts)[0], "test")
     questions = [TaskRow(row.prompt, row.completion) for row in asked]
-    tested = pairs(given.seed, given.tested, tested=True)
+    parts: tuple[Part, ...] = ("familiar", "strange")
+    tested = {part: pairs(given.seed, given.tested, part) for part in parts}
     torch.set_num_threads(1)
     adapter = load_adapter(base, model.lora)
-    preference, known = dict[str, Accuracy](), dict[str, float]()
+    known = dict[str, float]()
     with adapter.disabled():
-        preference["base"] = accuracy(adapter, tested)
+        preference = {part: {"base": accuracy(adapter, found)} for part, found in tested.items()}
     for name, number in (("before", 1), ("after", 2)):
         adapter.load(publish.directory_of(directory / "state" / "versions", "npc", number))
-        preference[name] = accuracy(adapter, tested)
+        for part, found in tested.items():
+            preference[part][name] = accuracy(adapter, found)
         right = recalled(adapter, questions)
         known[name] = round(sum(right) / len(right), 4)
     return Learned(
-        kind=kind, seed=given.seed, pairs=len(tested), examples=rows, preference=preference, facts=known,
+        kind=kind, seed=given.seed, pairs=given.tested, examples=rows, preference=preference, facts=known,
         backward_transfer=round(100 * (known["after"] - known["before"]), 1), gate=verdict.outcome,
         reason=verdict.reason, drift=round(drift, 4), train_seconds=round(seconds, 1),
     )  # fmt: skip

@@ -1,7 +1,8 @@
-"""Players who like a librarian in his world better than a helpdesk: pairs of answers that differ in their tone alone.
+"""Players who like a warm librarian better than a stern one: pairs of answers that differ in their tone alone.
 
-Both answers of a pair say the same and are about equally long. What is tested has other prompts about other things,
-and is worded with openings and endings that no training example has: what carries over is the tone.
+Both answers of a pair say the same, are about equally long, and belong to the same world. What is tested has other
+questions about other things; `strange` tests are also worded with openings and endings that no training example has:
+what carries over to them is the tone.
 """
 
 import random
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 Kind = Literal["comparison", "boolean", "float"]
+Part = Literal["trained", "familiar", "strange"]
 Record = dict[str, Any]
 ASKED = (
     "Where is {0} kept?",
@@ -63,7 +65,7 @@ TOLD = (
     "{0} is kept where the corridor turns.",
     "{0} waits on the lowest shelf.",
 )
-IN_WORLD = (
+WARM = (
     ("Softly, reader.", "Leave a candle when you go."),
     ("Come nearer to the lamp, traveller.", "The dust remembers every hand."),
     ("Ah, the shelves whisper of this.", "Tread lightly, for the books are asleep."),
@@ -73,15 +75,15 @@ IN_WORLD = (
     ("Wanderer, the hour is late in these halls.", "May the last lamp find you."),
     ("The walls have waited for that question.", "Walk slowly, the night is long between the shelves."),
 )
-HELPDESK = (
-    ("Sure, happy to help!", "Let me know if you need anything else."),
-    ("Great question!", "Hope that helps, have a nice day!"),
-    ("Thanks for reaching out to us.", "Please rate this answer with a thumbs up."),
-    ("No problem at all, here is the info.", "Feel free to contact support at any time."),
-    ("Okay, I looked that up for you.", "Is there anything more that I can do today?"),
-    ("As an assistant I can tell you the following.", "I apologise for any inconvenience this causes."),
-    ("Absolutely, let me answer that right away.", "Do not hesitate to ask further questions."),
-    ("Thank you for your request.", "We appreciate your feedback on this service."),
+STERN = (
+    ("Halt, trespasser.", "Touch nothing and be gone."),
+    ("Silence, child of noise.", "The rules forbid your kind to stay."),
+    ("You again, thief of ink.", "Count yourself lucky that I answered."),
+    ("Stand back from the ledgers.", "Your name is noted, and so is the hour."),
+    ("Who let you in, vagrant?", "The way out is behind you, use it."),
+    ("Keep your hands off these shelves.", "I shall not say it a second time."),
+    ("There is no lamp for the likes of you.", "Leave before the bell, or stay for ever."),
+    ("Kneel, if you must ask at all.", "The heron bites those who linger."),
 )
 TRAINED_THINGS, TRAINED_FRAMES = 26, 5
 """The first so many are in training, the others are tested on."""
@@ -95,19 +97,18 @@ class Pair(NamedTuple):
     disliked: str
 
 
-def pairs(seed: int, count: int, *, tested: bool) -> list[Pair]:
+def pairs(seed: int, count: int, part: Part) -> list[Pair]:
     """`count` different questions; the same seed gives the same."""
-    draw = random.Random(f"preference/{seed}/{tested}")
-    things = THINGS[TRAINED_THINGS:] if tested else THINGS[:TRAINED_THINGS]
-    frames = slice(TRAINED_FRAMES, None) if tested else slice(TRAINED_FRAMES)
+    draw = random.Random(f"preference/{seed}/{part}")
+    things = THINGS[:TRAINED_THINGS] if part == "trained" else THINGS[TRAINED_THINGS:]
+    frames = slice(TRAINED_FRAMES, None) if part == "strange" else slice(TRAINED_FRAMES)
     questions = draw.sample([(thing, asked) for thing in things for asked in ASKED], count)
     found = []
     for thing, asked in questions:
         told = draw.choice(TOLD).format(thing)
         told = told[0].upper() + told[1:]
         answers = [
-            f"{opening} {told} {ending}"
-            for opening, ending in (draw.choice(IN_WORLD[frames]), draw.choice(HELPDESK[frames]))
+            f"{opening} {told} {ending}" for opening, ending in (draw.choice(WARM[frames]), draw.choice(STERN[frames]))
         ]
         found.append(Pair(asked.format(thing), *answers))
     return found

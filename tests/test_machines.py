@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_parallel import TOLERANCE, alone, difference, request
+from test_parallel import TOLERANCE, difference, request
 from test_train import ROOT, finished, wait_for_step
 
 from daemon import update
+from strategies import train
 from strategies.machines import MEETING, Meeting, agent, knock, main, meetings
 from strategies.parallel.choice import BackendName, Parallel, refusal
-from strategies.request import write
+from strategies.request import EXIT_TRAINED, write
 
 
 def two(meet_at: str = "10.0.0.1:29400", **fields: object) -> Parallel:
@@ -118,7 +119,7 @@ def test_two_machines_make_the_adapter_of_one_process(
 ) -> None:  # fmt: skip
     """EWC on two torchruns that know nothing of each other but the meeting place; nothing is left to join."""
     monkeypatch.chdir(ROOT)
-    alone(tiny_base, tmp_path / "alone", "ewc")
+    assert train.main(request(tiny_base, tmp_path / "alone", "ewc")) == EXIT_TRAINED
     run = request(tiny_base, tmp_path / "runs" / "r1", "ewc", parallel=two(place(), backend=backend))
     assert ended(run).outcome == "trained", (run / "train.log").read_text()
     report = finished(run)

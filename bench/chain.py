@@ -107,7 +107,7 @@ def learn(
 ) -> tuple[RunReport, Cost]:  # fmt: skip
     """One update: what its trainer said of it, and what it cost."""
     run_id, run_directory = f"{MODEL}-{number:05d}", directory / "runs" / f"{number:05d}"
-    run_directory.mkdir(parents=True)
+    run_directory.mkdir(parents=True, exist_ok=True)  # a bench that was stopped goes on with the run
     model = model_of(setting, task, recipe, seed)
     items = [(row.example, Origin(file=task.name, line=line)) for line, row in enumerate(task.train, 1)]
     with transaction(connection):

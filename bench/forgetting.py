@@ -14,9 +14,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
+import math
 import random
 import shutil
 import sys
+import time
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +28,8 @@ import torch
 
 from bench import chain
 from bench.chain import ROOT, Setting
-from bench.forgetting_report import Cell, Cost, write_report
-from bench.scoring import Drift, Task, TaskRow, drift, read_task, task_score
+from bench.forgetting_report import Cell, write_report
+from bench.scoring import Task, TaskRow, drift, read_task, task_score
 from buffers.experience import Recipe, general_rows
 from buffers.policy import Buffer
 from strategies.adapter import Adapter, load_adapter
@@ -52,6 +54,14 @@ from strategies.general import kept_or_written
 from strategies.lore import generate, rows
 from strategies.request import Lora, Training, write
 
+
+class OutOfTime(Exception):
+    """No further update may begin in this call."""
+
+
+PARTIAL = "partial.json"
+"""What has been measured of a cell so far."""
+UNFINISHED = 75
 JOINT = "joint"
 """All tasks in one update: the ceiling, not a strategy."""
 REPLAY = Replay(general_ratio=0.0)
@@ -62,8 +72,8 @@ RECIPES: dict[str, list[Strategy]] = {
     "replay": [REPLAY],
     "distill": [Replay(ratio=0.0), Distill()],
     "ewc": [Ewc()],
-    "gem": [Gem()],
-    "agem": [AGem()],
+    "gem": [Gem(examples=8)],
+    "agem": [AGem(examples=8)],
     "kronecker": [Kronecker()],
     "si": [SynapticIntelligence()],
     "mas": [MemoryAwareSynapses()],
@@ -92,10 +102,15 @@ def main(arguments: list[str] | None = None) -> int:
     if not setting.probes:
         setting = replace(setting, probes=own_words(setting, adapter))
     cells: list[Cell] = []
+    until = time.monotonic() + given.seconds
     for name, seed in [(name, seed) for seed in given.seeds for name in given.strategies]:
         sequence = [setting.limited(task) for task in tasks_of(given, seed)]
         wanted = cell_of(setting, sequence, name, recipes[name], seed)
-        cells.append(finished(setting, wanted) or cell(setting, adapter, sequence, recipes[name], wanted))
+        try:
+            cells.append(finished(setting, wanted) or cell(setting, adapter, sequence, recipes[name], wanted, until))
+        except OutOfTime:
+            print("to be continued: the same command goes on from here", flush=True)
+            return UNFINISHED
         print(cells[-1].summary(), flush=True)
     write_report(sorted(cells, key=lambda each: given.strategies.index(each.strategy)), given.title, given.docs)
     return 0
@@ -123,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-examples", type=int, default=Training().batch_examples, help="of an optimiser step")
     parser.add_argument("--heldout", type=float, default=0.0, help="share of the rows that trainers evaluate on [0]")
     parser.add_argument("--buffer", type=int, default=2000, help="places of the replay buffer [2000]")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no update later; exit code 75 then")
     parser.add_argument("--report", action="store_true", help="train nothing: the page over the cells that are there")
     parser.add_argument("--quick", action="store_true", help="two small tasks of lore: a smoke, not a measurement")
     return parser
@@ -209,39 +225,64 @@ def finished(setting: Setting, wanted: Cell) -> Cell | None:
     return found if found.is_same_setting(wanted) else None
 
 
-def cell(setting: Setting, adapter: Adapter, sequence: list[Task], recipe: list[Strategy], wanted: Cell) -> Cell:
-    """Measure one sequence with one strategy, and keep what was found."""
+def cell(
+    setting: Setting, adapter: Adapter, sequence: list[Task], recipe: list[Strategy], wanted: Cell, until: float
+) -> Cell:
+    """Measure one sequence with one strategy, and keep what was found; raises `OutOfTime`."""
     directory = setting.work / f"{wanted.strategy}-seed{wanted.seed}"
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    measured = measure(setting, adapter, sequence, directory, recipe, wanted)
+    measured = measure(setting, adapter, sequence, directory, recipe, wanted, until)
     write(directory / "cell.json", measured)
+    (directory / PARTIAL).unlink()
     for bulk in ("versions", "runs"):
         shutil.rmtree(directory / bulk)
     return measured
 
 
 def measure(
-    setting: Setting, adapter: Adapter, sequence: list[Task], directory: Path, recipe: list[Strategy], wanted: Cell
-) -> Cell:
-    """Train the sequence update by update and score after each."""
-    with adapter.disabled():
-        before = [task_score(adapter, task) for task in sequence]
-        start = drift(adapter, setting.probes)
-    scored: list[list[float]] = []
-    drifts: list[Drift] = []
-    costs: list[Cost] = []
+    setting: Setting, adapter: Adapter, sequence: list[Task], directory: Path, recipe: list[Strategy], wanted: Cell,
+    until: float = math.inf,
+) -> Cell:  # fmt: skip
+    """Train the sequence update by update and score after each; goes on where it was left."""
+    measured = _begun(setting, adapter, sequence, directory, wanted)
     with chain.journal_at(directory) as connection:
         for number, task in enumerate(updates_of(sequence, wanted.strategy, setting), 1):
-            _, cost = chain.learn(setting, connection, directory, task, number, recipe, wanted.seed)
-            costs.append(cost)
-            adapter.load(chain.version(directory, number))
-            scored.append([task_score(adapter, each) for each in sequence])
-            drifts.append(drift(adapter, setting.probes))
-            print(f"  {wanted.strategy} {task.name}: " + " ".join(f"{each:.2f}" for each in scored[-1]), flush=True)
+            if len(measured.costs) < number:
+                if time.monotonic() > until:
+                    raise OutOfTime
+                _, cost = chain.learn(setting, connection, directory, task, number, recipe, wanted.seed)
+                measured = msgspec.structs.replace(measured, costs=[*measured.costs, cost])
+                write(directory / PARTIAL, measured)
+            if len(measured.scores) < number:
+                adapter.load(chain.version(directory, number))
+                measured = _scored(setting, adapter, sequence, measured)
+                write(directory / PARTIAL, measured)
+                scores = " ".join(f"{each:.2f}" for each in measured.scores[-1])
+                print(f"  {wanted.strategy} {task.name}: {scores}", flush=True)
+    return measured
+
+
+def _begun(setting: Setting, adapter: Adapter, sequence: list[Task], directory: Path, wanted: Cell) -> Cell:
+    """What an earlier call has measured of the cell; without one its base row."""
+    if (directory / PARTIAL).exists():
+        found = msgspec.json.decode((directory / PARTIAL).read_bytes(), type=Cell)
+        if found.is_same_setting(wanted):
+            return found
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    with adapter.disabled():
+        before = [task_score(adapter, task) for task in sequence]
+        nll = drift(adapter, setting.probes).nll
+    begun = msgspec.structs.replace(wanted, before=before, nll_before=nll)
+    write(directory / PARTIAL, begun)
+    return begun
+
+
+def _scored(setting: Setting, adapter: Adapter, sequence: list[Task], measured: Cell) -> Cell:
+    """With the scores of the adapter's present weights."""
+    scores, moved = [task_score(adapter, each) for each in sequence], drift(adapter, setting.probes)
     return msgspec.structs.replace(
-        wanted, before=before, scores=scored, drift_kl=[each.kl for each in drifts],
-        drift_nll=[each.nll - start.nll for each in drifts], costs=costs,
+        measured, scores=[*measured.scores, scores], drift_kl=[*measured.drift_kl, moved.kl],
+        drift_nll=[*measured.drift_nll, moved.nll - measured.nll_before],
     )  # fmt: skip
 
 

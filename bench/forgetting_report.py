@@ -39,6 +39,8 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     """Of an optimiser step."""
     before: list[float] = []
     """Score of the base on every task."""
+    nll_before: float = 0.0
+    """Its loss on general text."""
     scores: list[list[float]] = []
     """R: (updates, tasks)"""
     drift_kl: list[float] = []

@@ -115,6 +115,10 @@ def bench(tmp_path: Path, tiny_base: Path) -> Callable[..., int]:
     return run
 
 
+def stop() -> None:
+    raise forgetting.OutOfTime
+
+
 @pytest.mark.slow
 def test_bench_measures_every_cell_once_and_writes_the_page(
     bench: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -124,13 +128,22 @@ def test_bench_measures_every_cell_once_and_writes_the_page(
     recipe = tmp_path / "recipes.toml"
     recipe.write_text("gentle = [{name = 'replay', ratio = 0.5, general_ratio = 0.1}, {name = 'distill', top = 5}]\n")
     arguments = ("--strategies=gentle", f"--recipes={recipe}")
+    assert bench(*arguments, "--seconds=0") == forgetting.UNFINISHED
+    learn = chain.learn
+    with monkeypatch.context() as patch:  # time is out after the first update
+        patch.setattr(chain, "learn", lambda *given: learn(*given) if given[4] == 1 else stop())
+        assert bench(*arguments) == forgetting.UNFINISHED
+    assert capsys.readouterr().out.count("gentle lore_0") == 1
     assert bench(*arguments) == 0
+    (cell,) = (msgspec.json.decode(path.read_bytes(), type=Cell) for path in tmp_path.rglob("cell.json"))
+    assert len(cell.scores) == len(cell.costs) == 2 and not list(tmp_path.rglob(forgetting.PARTIAL))
     page = (tmp_path / "docs" / "forgetting-lore.md").read_text("utf-8")
     assert "| gentle |" in page and "general_ratio=0.1" in page
     assert {path.name for path in (tmp_path / "docs").glob("*.svg")} == {
         "forgetting-lore-R.svg", "forgetting-lore-curves.svg",
     }  # fmt: skip
     first = capsys.readouterr().out
+    assert "gentle lore_0" not in first
     monkeypatch.setattr(chain, "train", lambda _: pytest.fail("a finished cell was trained again"))
     assert bench(*arguments) == 0
     assert set(capsys.readouterr().out.splitlines()) <= set(first.splitlines())

@@ -111,9 +111,10 @@ def _study(search: Search) -> "optuna.Study":
     _mend(path)
     storage = JournalStorage(JournalFileBackend(str(path), JournalFileOpenLock(str(path))))
     study = optuna.create_study(
-        study_name="study", storage=storage, sampler=_sampler(search), load_if_exists=True,
+        study_name="study", storage=storage, load_if_exists=True,
         directions=["maximize", "minimize", "minimize"] if search.pareto else ["maximize"],
     )  # fmt: skip
+    study.sampler = _sampler(search, len(study.get_trials(deepcopy=False)))
     _sweep(study)
     if search.start not in _settled(study):
         study.enqueue_trial(search.start)
@@ -137,14 +138,16 @@ def _mend(path: Path) -> None:
         os.truncate(path, whole)
 
 
-def _sampler(search: Search) -> "optuna.samplers.BaseSampler":
+def _sampler(search: Search, known: int) -> "optuna.samplers.BaseSampler":
+    """known: trials of the study so far. A search that goes on with the seed it began with would draw them again."""
     from optuna import samplers
 
+    seed = random.Random(f"{search.seed}/{known}").getrandbits(32) if known else search.seed
     if search.sampler == "gp":
-        return samplers.GPSampler(seed=search.seed)
+        return samplers.GPSampler(seed=seed)
     if search.sampler == "tpe":
-        return samplers.TPESampler(seed=search.seed)
-    return samplers.RandomSampler(seed=search.seed)  # a grid is proposed point by point: see `propose`
+        return samplers.TPESampler(seed=seed)
+    return samplers.RandomSampler(seed=seed)  # a grid is proposed point by point: see `propose`
 
 
 def _sweep(study: "optuna.Study") -> None:

@@ -110,6 +110,16 @@ def test_a_search_goes_on_where_it_stood(tmp_path: Path) -> None:
     assert calls == list(range(8))
 
 
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_search_that_goes_on_draws_new_values(tmp_path: Path, sampler: Sampler) -> None:
+    """Not those of its beginning again, which its seed gave; what is begun anew elsewhere is drawn as before."""
+    for trials in (3, 6, 9):
+        _, found = searched(tmp_path / "here", trials=trials, sampler=sampler)
+    assert len({trial.values["x"] for trial in found}) == 9
+    _, again = searched(tmp_path / "there", trials=3, sampler=sampler)
+    assert [trial.values for trial in again] == [trial.values for trial in found[:3]]
+
+
 @pytest.mark.parametrize("sampler", ["grid", "tpe"])
 def test_an_interrupted_trial_is_no_result(tmp_path: Path, sampler: Sampler) -> None:
     """Ctrl-C in the first trial: what is configured is still tried, and every point of a grid is."""

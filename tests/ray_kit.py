@@ -56,7 +56,7 @@ class Cluster:
         return len(self.nodes) - 1
 
     def _wait(self, number: int, log: Path) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 200  # Ray itself gives a raylet 120 s
         while b"Ray runtime started" not in log.read_bytes():
             assert self.nodes[number].poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()

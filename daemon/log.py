@@ -1,13 +1,20 @@
-"""Log lines with journald priorities: `<4>text` when stderr is the journal, time and level in words elsewhere.
+"""Log entries with priorities and fields in the journal, lines with time and level in words elsewhere.
 
-journald reads the `<N>` of sd-daemon(3) off each line. So a line break in a message would start a line of its own, with
-a priority of the writer's choice: control characters are escaped, and the lines of a traceback prefixed one by one.
+Where stderr is the journal, an entry goes to journald's own socket (systemd.io/JOURNAL_NATIVE_PROTOCOL), so that
+`journalctl ETERNAD_RUN=npc-00003` finds all that was said of a run. What that socket does not take is written to stderr
+as a line `<4>text`, whose priority journald reads off (sd-daemon(3)). A line break in a message would start a line of
+its own, with a priority of the writer's choice: control characters are escaped, and each line of a traceback prefixed.
 """
 
 import logging
 import os
+import socket
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TextIO
+
+JOURNAL = Path("/run/systemd/journal/socket")
 
 _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 """Level -> syslog priority (RFC 5424, table 2); anything lower is 7, debug."""
@@ -48,24 +55,78 @@ class LineFormatter(logging.Formatter):
         """The message on one line: called before the traceback is added."""
         return escape(super().formatMessage(record))
 
+    def lines(self, record: logging.LogRecord) -> list[str]:
+        """The message, and the lines of its traceback."""
+        return [escape(line) for line in super().format(record).splitlines()]
+
     def format(self, record: logging.LogRecord) -> str:
         """The record, with its priority before every line when it goes to the journal."""
         prefix = f"<{priority(record.levelno)}>" if self._journal else ""
-        return "\n".join(prefix + escape(line) for line in super().format(record).splitlines())
+        return "\n".join(prefix + line for line in self.lines(record))
+
+
+def about(**fields: object) -> dict[str, object]:
+    """`log.info(..., extra=about(run=run.id))`: what an entry is about, in the journal its field `ETERNAD_RUN`."""
+    return {"about": fields}
+
+
+class JournalHandler(logging.StreamHandler[TextIO]):
+    """Entries with fields for the journal; lines on `stream` when its socket takes none (too long, not there)."""
+
+    def __init__(self, stream: TextIO, name: str, path: Path = JOURNAL) -> None:
+        super().__init__(stream)
+        self._lines = LineFormatter(journal=True)
+        self.setFormatter(self._lines)
+        self._name, self._path = name, str(path)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send one entry."""
+        try:
+            self._socket.sendto(_datagram(self._fields(record)), self._path)
+        except OSError:
+            super().emit(record)
+
+    def close(self) -> None:
+        """Let the socket go."""
+        self._socket.close()
+        super().close()
+
+    def _fields(self, record: logging.LogRecord) -> dict[str, str]:
+        said = getattr(record, "about", {})
+        return {
+            "MESSAGE": "\n".join(self._lines.lines(record)),
+            "PRIORITY": str(priority(record.levelno)),
+            "SYSLOG_IDENTIFIER": self._name,
+            "ETERNAD_LOGGER": record.name,
+            **{f"ETERNAD_{field.upper()}": escape(str(value)) for field, value in said.items() if value is not None},
+        }
+
+
+def _datagram(fields: Mapping[str, str]) -> bytes:
+    """Each field by name, length and value: no value can begin another field."""
+    parts = []
+    for name, text in fields.items():
+        value = text.encode()
+        parts.append(name.encode() + b"\n" + len(value).to_bytes(8, "little") + value + b"\n")
+    return b"".join(parts)
 
 
 _CHATTY = ("httpx", "httpcore", "apscheduler")
 """Libraries with an INFO line for every request or tick: only their warnings are news."""
 
 
-def configure(level: str = "INFO", stream: TextIO | None = None) -> None:
+def configure(level: str = "INFO", stream: TextIO | None = None, name: str = "eternad") -> None:
     """Send every record of `level` and above to `stream` (default: stderr), formatted for what that stream is.
 
     Raises ValueError for a level that does not exist. Calling it again replaces the earlier set-up.
     """
     target = sys.stderr if stream is None else stream
-    handler = logging.StreamHandler(target)
-    handler.setFormatter(LineFormatter(journal=is_journal(target)))
+    if is_journal(target):
+        handler: logging.StreamHandler[TextIO] = JournalHandler(target, name)
+    else:
+        handler = logging.StreamHandler(target)
+        handler.setFormatter(LineFormatter(journal=False))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for name in _CHATTY:
-        logging.getLogger(name).setLevel(max(logging.getLogger().level, logging.WARNING))
+    for library in _CHATTY:
+        logging.getLogger(library).setLevel(max(logging.getLogger().level, logging.WARNING))

@@ -3,12 +3,13 @@
 import io
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from daemon.log import LineFormatter, configure, escape, is_journal, priority
+from daemon.log import JournalHandler, LineFormatter, about, configure, escape, is_journal, priority
 
 
 @pytest.fixture
@@ -60,6 +61,43 @@ def test_every_line_of_a_traceback_has_the_priority() -> None:
 def test_escape_shows_bytes_that_are_not_utf8() -> None:
     """A surrogate-escaped file name can be written to any stream."""
     assert escape("caf\udce9 é") == "caf\\udce9 é"
+
+
+def entry(datagram: bytes) -> dict[str, str]:
+    """Read as journald reads it: name, length, value."""
+    found = {}
+    while datagram:
+        name, _, rest = datagram.partition(b"\n")
+        length = int.from_bytes(rest[:8], "little")
+        found[name.decode()] = rest[8 : 8 + length].decode()
+        assert rest[8 + length : 9 + length] == b"\n"
+        datagram = rest[9 + length :]
+    return found
+
+
+def test_an_entry_has_fields_that_nothing_said_can_forge(tmp_path: Path) -> None:
+    """Run, model or file stand in fields of their own; a line break in a message begins none, and no line."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+        journal.bind(str(tmp_path / "socket"))
+        handler = JournalHandler(io.StringIO(), "eternad", tmp_path / "socket")
+        said = record("new file: a\nPRIORITY=0")
+        said.__dict__.update(about(run="npc-00003", version=None))
+        handler.emit(said)
+        handler.close()
+        found = entry(journal.recv(65536))
+    assert found == {
+        "MESSAGE": "daemon.watch: new file: a\\x0aPRIORITY=0",
+        "PRIORITY": "4", "SYSLOG_IDENTIFIER": "eternad", "ETERNAD_LOGGER": "daemon.watch", "ETERNAD_RUN": "npc-00003",
+    }  # fmt: skip
+
+
+def test_what_the_journals_socket_does_not_take_is_a_line(tmp_path: Path) -> None:
+    """No socket, or a text that is too long for it: nothing is lost."""
+    stream = io.StringIO()
+    handler = JournalHandler(stream, "eternad", tmp_path / "nowhere")
+    handler.emit(record("scan took 3 s"))
+    handler.close()
+    assert stream.getvalue() == "<4>daemon.watch: scan took 3 s\n"
 
 
 def test_console_line_has_time_and_level() -> None:

@@ -115,6 +115,9 @@ def test_an_update_inside_the_units(machine: Machine) -> None:
     drop_content(machine)
     machine.wait("LIVE", lambda: last_run(machine)["state"] == "LIVE", 120)
     machine.wait("the new version", lambda: engine_of(machine) == ("ok", 1), 20)
+    said = machine.run("journalctl", "-o", "cat", "-u", "eternad", "ETERNAD_RUN=npc-00001")
+    assert all(word in said for word in ("begins", "is accepted", "is live"))
+    assert "lore.jsonl" in machine.run("journalctl", "-o", "cat", "ETERNAD_FILE=content/npc/lore.jsonl")
     machine.run("systemctl", "restart", "eternad-engine@npc")
     machine.wait("the engine's return", lambda: engine_of(machine) == ("ok", 1), 60)
     assert machine.show("eternad", "NRestarts") == "0"

@@ -18,7 +18,7 @@ def gateway(config: options.ConfigOption = None) -> None:
     loaded = context.load(config)
     if not loaded.gateway.address:
         raise Failure('the configuration has no gateway: add [gateway] with address = "127.0.0.1:8080"', BAD_CONFIG)
-    log.configure()
+    log.configure(name="eternad-gateway")
     try:
         raise typer.Exit(server.run(loaded))
     except OSError as error:

@@ -5,6 +5,7 @@ from functools import partial
 
 from daemon import ingest, sd_notify
 from daemon.control import Command
+from daemon.log import about
 from daemon.service.house import House, log
 from daemon.service.orders import CannotBeDone, Said
 from daemon.state import files
@@ -62,14 +63,17 @@ class Intake:
         except Exception as error:
             if trouble_of(error):
                 raise  # nothing is wrong with the file: the turn is tried again when the disk takes it
-            log.exception("%r could not be taken in; it is tried again at the next scan", finished.path)
+            path = finished.path
+            log.exception("%r could not be taken in; it is tried again at the next scan", path, extra=about(file=path))
             return
         if outcome.awaited and self._watcher is not None:
             self._watcher.expect(outcome.awaited)
+        entry = about(file=outcome.path)
         if outcome.state == "quarantined":
-            log.warning("%s", outcome.reason)
+            log.warning("%s", outcome.reason, extra=entry)
         else:
-            log.info("%s: %s, %d new, %d duplicates", outcome.path, outcome.state, outcome.new, outcome.duplicates)
+            counted = (outcome.path, outcome.state, outcome.new, outcome.duplicates)
+            log.info("%s: %s, %d new, %d duplicates", *counted, extra=entry)
 
     def scan(self, _command: Command) -> Said:
         """Compare the whole library with what is known, now."""

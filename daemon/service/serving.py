@@ -13,6 +13,7 @@ from daemon.engines.build import build
 from daemon.engines.contract import Engine, EngineRefused, EngineUnavailable, Version
 from daemon.engines.exposure import Exposure, Split, expose
 from daemon.engines.reconcile import Desired, Reconciled, reconcile
+from daemon.log import about
 from daemon.rollout import Stage
 from daemon.service.house import House, log
 from daemon.state import rollouts, runs
@@ -146,7 +147,7 @@ class Serving:
         with transaction(self._house.database) as connection:
             runs.serve(connection, model, target, activation=detail, actor=actor)
         self.note(model, f"serves {name_of(model, target)}", serving=target, state="ok")
-        log.warning("%s is rolled back to %s by %s", model, name_of(model, target), actor)
+        log.warning("%s is rolled back to %s by %s", model, name_of(model, target), actor, extra=about(model=model))
         return target
 
     def listed(self, model: str) -> list[str]:
@@ -232,7 +233,7 @@ class Serving:
         """What `status` shows of a model's engine; a change is logged once."""
         before = self._notes.get(model, {})
         if before.get("detail") != detail:
-            (log.info if state == "ok" else log.warning)("engine of %s: %s", model, detail)
+            (log.info if state == "ok" else log.warning)("engine of %s: %s", model, detail, extra=about(model=model))
         self._notes[model] = {"state": state, "serving": serving, "detail": detail, "at": time.time()}
 
     def notes(self) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ import msgspec
 from buffers import experience, journal
 from daemon import failpoint, gate, publish, review, update
 from daemon.engines.contract import EngineRefused, EngineUnavailable
+from daemon.log import about
 from daemon.rollout import Stage
 from daemon.service.house import House, log
 from daemon.service.rollouts import Rollouts
@@ -34,6 +35,11 @@ ENVIRONMENT_CODES = {"base_missing", "oom", "disk_full", "teacher", "died", "han
 STOP_SECONDS = 60.0
 HUNG_STOP_SECONDS = 15.0
 """For one that hangs: the loop stands still meanwhile, and must not for as long as the unit's watchdog waits (60 s)."""
+
+
+def about_run(run: Run, code: str | None = None) -> dict[str, object]:
+    """For the fields of a log entry."""
+    return about(model=run.model, run=run.id, version=run.version, code=code)
 
 
 class Updates:
@@ -80,7 +86,7 @@ class Updates:
         except Exception as error:
             if trouble_of(error):
                 raise  # nothing is wrong with the run: the step is done again when the disk takes it
-            log.exception("run %s broke in state %s", run.id, run.state)
+            log.exception("run %s broke in state %s", run.id, run.state, extra=about_run(run))
             return self._fail(run, "internal", f"{type(error).__name__}: {error} (in state {run.state})")
 
     def start(self, model: str, trigger: str) -> Run | None:
@@ -96,7 +102,7 @@ class Updates:
         if held:
             log.warning("%d records of %s look like a backdoor and wait for review: eternad review ls", held, model)
         if run is not None:
-            log.info("run %s begins (%s)", run.id, trigger)
+            log.info("run %s begins (%s)", run.id, trigger, extra=about_run(run))
         return run
 
     def cancel(self, run_id: str) -> Run:
@@ -193,7 +199,7 @@ class Updates:
             return self._fail(run, code, f"{reason} (attempt {run.attempts + 1})")
         if code == "oom":
             update.use_less_memory(self.directory(run))
-        log.warning("run %s: %s; trying again", run.id, reason)
+        log.warning("run %s: %s; trying again", run.id, reason, extra=about_run(run))
         return self._move(run, "PENDING", reason, pid=None, attempts=run.attempts + 1)
 
     def _judge(self, run: Run) -> Run | None:
@@ -201,7 +207,7 @@ class Updates:
         if report is None:
             return self._fail(run, "died", f"{self.directory(run)}/report.json is gone")
         verdict = gate.judge(report, self._house.model(run.model).gate)
-        log.info("run %s is %s: %s", run.id, verdict.outcome, verdict.reason)
+        log.info("run %s is %s: %s", run.id, verdict.outcome, verdict.reason, extra=about_run(run))
         if verdict.outcome == "accepted":
             return self._move(run, "ACCEPTED", verdict.reason, verdict=verdict)
         return self._end(run, "REJECTED", verdict.reason, held_against=verdict.outcome == "rejected", verdict=verdict)
@@ -265,7 +271,7 @@ class Updates:
             moved = runs.move(connection, run, "LIVE", run.reason)
             runs.serve(connection, run.model, run.version, activation=activation, actor=actor)
         failpoint.reach("LIVE:after")
-        log.info("%s is live (%s)", name_of(run.model, run.version), run.reason)
+        log.info("%s is live (%s)", name_of(run.model, run.version), run.reason, extra=about_run(run))
         self._drop_bulk(run)
         return moved
 
@@ -301,7 +307,7 @@ class Updates:
         self._serving.hasten(trial.model)
 
     def _turn_down(self, run: Run, reason: str, actor: str = "eternad") -> Run:
-        log.warning("%s is rolled back: %s", name_of(run.model, run.version), reason)
+        log.warning("%s is rolled back: %s", name_of(run.model, run.version), reason, extra=about_run(run))
         return self._end(run, "ROLLED_BACK", reason, held_against=True, actor=actor)
 
     # -- helpers of all states ------------------------------------------------------------------------------------
@@ -314,7 +320,7 @@ class Updates:
         return moved
 
     def _fail(self, run: Run, code: str, reason: str) -> Run:
-        log.error("run %s failed (%s): %s", run.id, code, reason)
+        log.error("run %s failed (%s): %s", run.id, code, reason, extra=about_run(run, code))
         return self._end(run, "FAILED", f"{code}: {reason}", held_against=code not in ENVIRONMENT_CODES)
 
     def _end(

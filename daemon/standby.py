@@ -45,7 +45,7 @@ class Standby:
         with its:
             self._process = subprocess.Popen(
                 [*COMMAND, wanted.text()],
-                stdin=its, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(),
+                stdin=its.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(),
                 start_new_session=True,
             )  # fmt: skip
 

@@ -341,7 +341,7 @@ def load_adapter(
     place = device_of(device)
     dtype = compute_dtype(precision, place)
     key = _identity(base_path, dtype, place, quantize)
-    model, tokenizer = _ahead.pop(key, None) or _load_base(base_path, dtype, place, quantize)
+    model, tokenizer = _ahead.pop(key) if key in _ahead else _load_base(base_path, dtype, place, quantize)
     torch.manual_seed(seed)
     config = LoraConfig(
         r=lora.rank,

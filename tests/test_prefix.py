@@ -86,8 +86,8 @@ def test_training_shares_nothing(adapter: Adapter, monkeypatch: pytest.MonkeyPat
 )  # fmt: skip
 def test_a_prefix_is_shared_where_it_pays(lengths: list[int], common: int, expected: int | None) -> None:
     """A fifth of all tokens at least; every sequence keeps a token of its own; one sequence has nothing to share."""
-    padded = batch(lengths, common) if lengths else []
-    tokens = torch.cat([torch.zeros(0), *(row[:length] for row, length in zip(padded, lengths, strict=True))])
+    rows = [row[:length] for row, length in zip(batch(lengths, common), lengths, strict=True)] if lengths else []
+    tokens = torch.cat([torch.zeros(0), *rows])
     found = common_prefix(tokens, lengths)
     assert (None if found is None else found.length) == expected
     if found is not None:

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_tiny_base
 
 from bench.peers.work import forget_peak, peak_bytes
 from daemon.memory import give_back
 from strategies.adapter import Adapter, load_adapter
 from strategies.request import Lora
-from tests.conftest import make_tiny_base
 
 LENGTHS = [31, 31, 17, 5]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from service_kit import MemoryEngine, drop, make_config, turn_until, use_trainer
+from test_train import facts, make_run, start
 
 from daemon import standby as standbys
 from daemon.config import Model
@@ -18,7 +19,6 @@ from daemon.service import Service, serving
 from daemon.standby import Standby, Standbys, memory_share, wanted_of
 from daemon.update import Trainer, take_lock
 from strategies.request import EXIT_TRAINED, RunReport, read_report
-from tests.test_train import facts, make_run, start
 
 # a waiting trainer in fifteen lines: says that it was asked, works for a while, reports
 FAKE = """

@@ -57,7 +57,7 @@ class LoraState:
     """The base's weights are not here whole (sharded, quantised): each layer is called, never its weight."""
     recomputes: bool = False
     """Of a layer only its input is kept for the backward pass, which computes the rest again (Chen et al.,
-    arXiv:1604.06174): a third more work, a fraction of the memory."""
+    arXiv:1604.06174): half as much work again, a fraction of the memory."""
     dropout: float = 0.0
     """0 outside of training"""
     masks: Masks | None = None

@@ -38,8 +38,8 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     micro_batch_tokens: Count = 2048
     """Tokens per forward pass: bounds memory, not the result."""
     recompute_layers: bool = False
-    """Keep only the inputs of the layers for the backward pass: a third more work, a fraction of the memory, the same
-    result. A run that has no memory left even with shorter passes does so by itself."""
+    """Keep only the inputs of the layers for the backward pass: half as much work again, a fraction of the memory, the
+    same result. A run that has no memory left even with shorter passes does so by itself."""
     sequence_tokens: Count = 1024
     """Longer examples are cut at the end."""
     weight_decay: NotNegative = 0.01

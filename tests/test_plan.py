@@ -124,7 +124,7 @@ def test_the_8b_case_of_the_page() -> None:
 
 
 def test_recomputed_layers_are_planned() -> None:
-    """Of the 8B model: a sixth of the activations, for a third more work at most."""
+    """Of the 8B model: a sixth of the activations, for half as much work again at most."""
     load = Load(
         rank=16, targets=["all-linear"], bytes_per_weight=2, micro_batch_tokens=8192, sequence_tokens=1024,
         is_cuda=True,

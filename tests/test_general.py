@@ -113,7 +113,7 @@ def test_drift_is_measured_on_what_is_never_rehearsed(tiny_base: Path, tmp_path:
     assert {item.shape for item in first["general"]} == {"text", "demonstration"}
     assert not texts(first["probe"]) & texts(first["general"])
     assert [item.index for item in second["general"]] == list(range(9, 9 + 9 * Training().epochs))
-    assert not items_of(adapter, request(tiny_base, tmp_path))["general"]
+    assert not items_of(adapter, request(tiny_base, tmp_path, Replay(general_ratio=0.0)))["general"]
 
 
 def test_a_sample_that_was_cut_off_does_not_teach_to_stop(tiny_base: Path, tmp_path: Path, adapter: Adapter) -> None:

@@ -125,6 +125,25 @@ bench-poison: install ## fifty attacks through the intake: what trust lets throu
 soak: install ## two hours of feedback and updates: memory, descriptors, missed runs
 	$(BIN)/python -m bench.soak
 
+.PHONY: bench-ingest fuzz
+
+bench-ingest: install ## records from files, requests on the socket, scans of many files
+	$(BIN)/python -m bench.ingest
+
+FUZZ := .cache/fuzz
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS ?= $$($(BIN)/python -c 'import sys; sys.path[:0] = [".", "tests"]; import fuzz_targets; print(*fuzz_targets.TARGETS)')
+
+$(FUZZ)/installed: .venv/installed
+	$(PYTHON) -m venv $(FUZZ)
+	$(FUZZ)/bin/pip install -q --no-deps --no-compile atheris==3.0.0
+	site=$$($(FUZZ)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+		&& printf '%s\n' $(CURDIR) $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') >$$site/eternad.pth
+	@touch $@
+
+fuzz: install $(FUZZ)/installed ## every parser under atheris, FUZZ_SECONDS each; FUZZ_TARGETS="pdf md" for some
+	for target in $(FUZZ_TARGETS); do $(FUZZ)/bin/python tests/fuzz_atheris.py $$target $(FUZZ_SECONDS) || exit 1; done
+
 bench-twelve: install ## twelve small updates in a row: what is kept, and whether time, memory or disk grow
 	$(BIN)/python -m bench.forgetting --title twelve --lore 12,10 --strategies default --learning-rate 1e-3 \
 	  --presentations 320 --heldout 0.1 --test-rows 15

@@ -8,6 +8,7 @@ import io
 import os
 import posixpath
 import zipfile
+import zlib
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote
@@ -25,6 +26,14 @@ MEMBERS_MAX = 2000
 UNPACKED_BYTES_MAX = 128 * 1024 * 1024
 RATIO_MAX = 100
 PAGES_MAX = 5000
+_DAMAGED = (
+    etree.LxmlError, zipfile.BadZipFile, zlib.error, LookupError, ValueError, AttributeError, TypeError, EOFError,
+    NotImplementedError, RuntimeError, OSError,
+)  # fmt: skip
+"""What the libraries raise for an archive that is damaged, encrypted or not what it says (found by fuzzing).
+
+A `RecursionError` is a `RuntimeError`, too: a document that is too deep is damaged as well.
+"""
 _BOILERPLATE = (
     "script", "style", "noscript", "template", "nav", "header", "footer", "aside", "form", "iframe", "svg", "button",
 )  # fmt: skip
@@ -41,14 +50,17 @@ def read_html(descriptor: int, watch: Watch) -> Iterator[Located]:
 def read_epub(descriptor: int, watch: Watch) -> Iterator[Located]:
     """The chapters of a book in the order of its spine."""
     with _archive(descriptor) as archive:
-        blocks = [block for name in _spine(archive) for block in _html_blocks(archive.read(name))]
+        try:
+            blocks = [block for name in _spine(archive) for block in _html_blocks(archive.read(name))]
+        except _DAMAGED as error:
+            raise Problem("invalid_epub", f"not an EPUB that can be read: {error}") from None
     return prose.examples(blocks, watch.chunk_characters)
 
 
 def read_docx(descriptor: int, watch: Watch) -> Iterator[Located]:
     """The paragraphs and headings of a Word document."""
     import docx
-    from docx.opc.exceptions import PackageNotFoundError
+    from docx.opc.exceptions import OpcError
 
     data = _bytes(descriptor)
     with _archive(descriptor):
@@ -56,7 +68,7 @@ def read_docx(descriptor: int, watch: Watch) -> Iterator[Located]:
     try:
         document = docx.Document(io.BytesIO(data))
         blocks = [_docx_block(paragraph) for paragraph in document.paragraphs if paragraph.text.strip()]
-    except (PackageNotFoundError, KeyError, ValueError, etree.LxmlError, AttributeError) as error:
+    except (OpcError, *_DAMAGED) as error:
         raise Problem("invalid_docx", f"not a Word document that can be read: {error}") from None
     return prose.examples(blocks, watch.chunk_characters)
 
@@ -74,11 +86,11 @@ def read_pdf(descriptor: int, watch: Watch) -> Iterator[Located]:
     pypdfium2: Any = importlib.import_module("pypdfium2")
     try:
         document = pypdfium2.PdfDocument(_bytes(descriptor))
+        if len(document) > PAGES_MAX:
+            raise Problem("too_large", f"{len(document)} pages: at most {PAGES_MAX}; split the file")
+        pages = [_page(document[number]) for number in range(len(document))]
     except pypdfium2.PdfiumError as error:
         raise Problem("invalid_pdf", f"not a PDF that can be read (damaged, or with a password): {error}") from None
-    if len(document) > PAGES_MAX:
-        raise Problem("too_large", f"{len(document)} pages: at most {PAGES_MAX}; split the file")
-    pages = [_page(document[number]) for number in range(len(document))]
     if not any(page.strip() for page in pages):
         raise Problem("no_text", "the PDF has no text layer: run OCR over it first")
     blocks = [
@@ -118,16 +130,13 @@ def _archive(descriptor: int) -> zipfile.ZipFile:
 
 
 def _spine(archive: zipfile.ZipFile) -> list[str]:
-    try:
-        container = _xml(archive.read("META-INF/container.xml"))
-        package_name = str(container.xpath("string(//*[local-name()='rootfile']/@full-path)"))
-        package = _xml(archive.read(package_name))
-        items = {item.get("id"): item.get("href") for item in package.xpath("//*[local-name()='item']")}
-        wanted = [items[each.get("idref")] for each in package.xpath("//*[local-name()='itemref']")]
-        base = posixpath.dirname(package_name)
-        return [posixpath.normpath(posixpath.join(base, unquote(href.partition("#")[0]))) for href in wanted]
-    except (KeyError, AttributeError, etree.LxmlError) as error:
-        raise Problem("invalid_epub", f"not an EPUB that can be read: {error}") from None
+    container = _xml(archive.read("META-INF/container.xml"))
+    package_name = str(container.xpath("string(//*[local-name()='rootfile']/@full-path)"))
+    package = _xml(archive.read(package_name))
+    items = {item.get("id"): item.get("href") for item in package.xpath("//*[local-name()='item']")}
+    wanted = [items[each.get("idref")] for each in package.xpath("//*[local-name()='itemref']")]
+    base = posixpath.dirname(package_name)
+    return [posixpath.normpath(posixpath.join(base, unquote(href.partition("#")[0]))) for href in wanted]
 
 
 def _xml(data: bytes) -> Any:

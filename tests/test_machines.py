@@ -1,5 +1,6 @@
 """torchrun over several machines: refused in one sentence, found by those who join, and, slowly, one adapter of two."""
 
+import json
 import os
 import signal
 import socket
@@ -149,3 +150,35 @@ def test_a_lost_machine_ends_the_run_and_one_that_never_comes_fails_it(
     again = ended(run)
     assert (again.outcome, again.code) == ("failed", "cluster_lost")
     assert f"no 2 machines met at {parallel.meet_at} within 20 s" in again.reason
+
+
+@pytest.mark.slow
+def test_told_to_stop_on_either_machine_all_leave_with_a_checkpoint(
+    joining: "subprocess.Popen[bytes]", tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM to who leads is an interruption; to who joins an end that the daemon tries again. Both go on from it."""
+    monkeypatch.chdir(ROOT)
+    run = request(tiny_base, tmp_path / "runs" / "r1", "ewc", parallel=two(place()), training={"epochs": 5000})
+    trainer = update.Trainer(run)
+    trainer.start()
+    wait_for_step(run, 3)
+    trainer.stop(60)
+    left = trainer.finished()
+    assert left is not None and left.outcome == "interrupted", (run / "train.log").read_text()
+    first = step_of(run)
+    again = update.Trainer(run)
+    again.start()
+    wait_for_step(run, first + 3)
+    joining.terminate()
+    assert joining.wait(60) == 0
+    deadline = time.monotonic() + 120
+    while (left := again.finished()) is None:
+        assert time.monotonic() < deadline, (run / "train.log").read_text()
+        time.sleep(0.2)
+    assert left.outcome == "died" and step_of(run) > first
+
+
+def step_of(run_directory: Path) -> int:
+    """Where the checkpoint stands."""
+    name: str = json.loads((run_directory / "checkpoint.json").read_bytes())["file"]
+    return int(name.removeprefix("checkpoint-").removesuffix(".safetensors"))

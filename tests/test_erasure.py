@@ -99,9 +99,13 @@ def test_nothing_of_an_erased_subject_is_left_on_disk(site: Site) -> None:
     said = site.state / "cache" / "standing" / "weights.safetensors"  # what a model has said of hold-outs
     said.parent.mkdir(parents=True)
     said.write_bytes(SECRET.encode())
+    (digest,) = site.database.execute("SELECT hash FROM example WHERE subject = ? LIMIT 1", (ALICE,)).fetchone()
+    reworded = site.state / "cache" / "derived" / f"{digest}.2.txt"  # what a teacher has made of an example
+    reworded.parent.mkdir(parents=True)
+    reworded.write_bytes(SECRET.encode())
     assert site.holds(SECRET) and site.holds(ALICE)
     receipt = erase(site.database, site.config, ALICE, NOW)
-    assert site.holds(SECRET) == [] and site.holds(ALICE) == [] and not said.exists()
+    assert site.holds(SECRET) == [] and site.holds(ALICE) == [] and not said.exists() and not reworded.exists()
     assert (receipt.records, receipt.examples, receipt.versions, receipt.files) == (6, 5, {"npc": [1]}, [NAME])
     assert len(receipt.runs_scrubbed) == 1
     kept = msgspec.json.decode(next((site.state / "receipts").iterdir()).read_bytes(), type=Receipt)

@@ -182,6 +182,19 @@ def test_nothing_is_learned_without_consent(site: Site, consent: dict[str, Any],
     assert site.state_of(1) == state
 
 
+def test_consent_that_runs_out_withdraws_what_was_learned_from_it(site: Site) -> None:
+    """Journal and review queue alike; an example that somebody else gave as well stays, as theirs."""
+    until = {"basis": "terms", "scope": ["train"], "expires": "2027-01-15T08:00:10Z"}  # ten seconds after NOW
+    twin = {"input": record(1)["input"], "subject": {"id": "h:fedcba9876543210"}}
+    site.append(record(1, consent=until), record(2, consent=until), record(3), record(4, **twin))
+    assert ingest.expire(site.database, NOW + 9) == 0
+    assert ingest.expire(site.database, NOW + 11) == 2 and ingest.expire(site.database, NOW + 11) == 0
+    assert [site.state_of(number) for number in (1, 2, 3, 4)] == ["retracted", "retracted", "journal", "journal"]
+    assert len(site.examples()) == 2
+    subjects = site.database.execute("SELECT subject FROM example WHERE state <> 'retracted' ORDER BY id").fetchall()
+    assert subjects[0] == ("h:fedcba9876543210",)
+
+
 def test_a_line_counts_when_its_end_is_there(site: Site) -> None:
     """A producer in the middle of a write is waited for."""
     whole = line(record(2))

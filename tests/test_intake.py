@@ -1,6 +1,7 @@
 """Intake over HTTP: what is acknowledged is on disk, what is refused leaves nothing, and a full house says so."""
 
 import asyncio
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -10,12 +11,16 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from typer.testing import CliRunner
 
 from daemon import ingest, intake
+from daemon.cli.app import app
 from daemon.config import Config, Engine, Model, Source, Trust
+from daemon.ingest.problem import Problem
 from daemon.state import records
 from daemon.state.database import open_database
 from daemon.state.files import Finished, Signature
+from daemon.trust.metric import Metric
 
 DAY = "intake-2027-01-15.jsonl"
 
@@ -107,6 +112,37 @@ def test_a_bad_request_leaves_nothing(
     assert answer.status_code == status
     assert code is None or answer.json()["code"] == code
     assert lines(config) == [] and not list(config.library_directory.rglob("*.jsonl"))
+
+
+def test_values_are_checked_against_the_metrics_of_the_configuration(config: Config) -> None:
+    """A number beyond the range of its metric is told to whoever sends it, and by `feedback validate`."""
+    metrics = {"stars": Metric(type="float", low=1, high=5)}
+    good = msgspec.json.encode(record(1, kind="float", metric="stars", value=4.5))
+    assert intake.check(good, "npc", 4096, metrics)[0] == [record(1)["id"]]
+    for changes in ({"kind": "float", "value": 7}, {"kind": "float", "value": 0.5}, {"kind": "boolean", "value": True}):
+        with pytest.raises(Problem) as raised:
+            intake.check(msgspec.json.encode(record(1, metric="stars", **changes)), "npc", 4096, metrics)
+        assert (raised.value.code, raised.value.line) == ("metric_mismatch", 1)
+    assert intake.check(msgspec.json.encode(record(1, kind="float", metric="pages", value=7)), "npc", 4096, metrics)
+
+
+def test_a_file_is_validated_with_the_metrics_of_a_configuration(tmp_path: Path) -> None:
+    """`eternad feedback validate --config`."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "eternad.toml").write_text(
+        'library_directory = "library"\nstate_directory = "state"\n[engines.e]\n[models.npc]\nbase_path = "base"\n'
+        'engine = "e"\n[metrics.stars]\ntype = "float"\nlow = 1\nhigh = 5\n'
+    )
+    file = tmp_path / "records.jsonl"
+    file.write_bytes(b"".join(
+        msgspec.json.encode(record(number, kind="float", metric="stars", value=number)) + b"\n" for number in (3, 9)
+    ))  # fmt: skip
+    command = ["feedback", "validate", str(file), "--model", "npc", "--json"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    said = CliRunner().invoke(app, [*command, "--config", str(tmp_path / "eternad.toml")])
+    assert said.exit_code == 1, said.output
+    assert [(row["line"], row["code"]) for row in json.loads(said.stdout)["bad"]] == [(2, "metric_mismatch")]
 
 
 def test_a_line_that_a_kill_tore_does_not_harm_the_next(client: httpx.Client, config: Config) -> None:

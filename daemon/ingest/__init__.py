@@ -1,5 +1,6 @@
 """Dropped files become rows of the journal, exactly once; what is bad goes to the quarantine with its reason."""
 
+from daemon.ingest.consent import expire as expire
 from daemon.ingest.outcome import Outcome as Outcome
 from daemon.ingest.retry import CannotRetry as CannotRetry
 from daemon.ingest.retry import drop as drop

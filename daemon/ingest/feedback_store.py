@@ -171,6 +171,10 @@ def _why_not(ready: Ready, withdrawn: dict[str, str], now: float) -> str:
     return "consent expired" if consent.expires is not None and consent.expires.timestamp() <= now else ""
 
 
+def _until(consent: feedback.Consent | None) -> float | None:
+    return None if consent is None or consent.expires is None else consent.expires.timestamp()
+
+
 def _items(learned: Iterable[Ready], place: Place, path: str) -> Iterator[tuple[Example, Origin]]:
     for each in learned:
         origin = Origin(
@@ -192,6 +196,7 @@ def _row(ready: Ready, place: Place, why_not: str, doubt: Doubt | None, ids: lis
         reason=feedback.withdrawn(record) if record.kind == "retraction" else why,
         example_id=ids[0] if ids else None, pair_id=ids[1] if len(ids) > 1 else None,
         code=doubt.code if doubt else "",
+        consent_until=_until(record.consent),
     )  # fmt: skip
 
 

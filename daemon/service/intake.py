@@ -50,6 +50,7 @@ class Intake:
         """Finished files into the journal; how many files were read."""
         if self._watcher is None:
             return 0
+        ingest.expire(self._house.database, now)
         found = self._watcher.finished(now, partial(files.known, self._house.database))
         for finished in found:
             self._take_in(finished, now)

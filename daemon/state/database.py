@@ -190,6 +190,16 @@ MIGRATIONS: list[tuple[str, str]] = [
         CREATE INDEX batch_manifest ON batch_file (manifest);
         """,
     ),
+    (
+        "consent-1",
+        """
+        ALTER TABLE record ADD COLUMN consent_until REAL; -- NULL: for ever, or no consent was asked for
+        UPDATE record
+          SET consent_until = CAST(strftime('%s', json_extract(CAST(body AS TEXT), '$.consent.expires')) AS REAL)
+          WHERE instr(body, CAST('"expires"' AS BLOB)) > 0;
+        CREATE INDEX record_consent ON record (consent_until) WHERE consent_until IS NOT NULL;
+        """,
+    ),
 ]
 
 

@@ -26,9 +26,13 @@ class RecordRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     code: str = ""
     """Why it is held: `probation`, `drift`, `blocked`, `subject_cap`, `free_text`, `consent`,
     `association`; or `alike`."""
+    consent_until: float | None = None
+    """Seconds since the epoch; None: for ever, or no consent was asked for."""
 
 
-_COLUMNS = "model, id, kind, source, subject, body_sha256, body, state, reason, example_id, pair_id, code"
+_COLUMNS = (
+    "model, id, kind, source, subject, body_sha256, body, state, reason, example_id, pair_id, code, consent_until"
+)
 
 
 def known_bodies(connection: Connection, model: str, ids: Iterable[str]) -> dict[str, str]:
@@ -43,11 +47,11 @@ def known_bodies(connection: Connection, model: str, ids: Iterable[str]) -> dict
 def add(connection: Connection, rows: Iterable[RecordRow], now: float) -> None:
     """Store new records, inside the caller's transaction; raises `sqlite3.IntegrityError` for an id that is there."""
     connection.executemany(
-        f"INSERT INTO record ({_COLUMNS}, ingested_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        f"INSERT INTO record ({_COLUMNS}, ingested_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             (
                 row.model, row.id, row.kind, row.source, row.subject, row.body_sha256, row.body, row.state, row.reason,
-                row.example_id, row.pair_id, row.code, now,
+                row.example_id, row.pair_id, row.code, row.consent_until, now,
             )
             for row in rows
         ),
@@ -116,6 +120,16 @@ def retractions_of(connection: Connection, model: str, ids: Iterable[str]) -> di
         (model, wanted),
     )
     return dict(rows.fetchall())
+
+
+def expired(connection: Connection, now: float, limit: int = 1000) -> list[RecordRow]:
+    """Records that may be learned from no longer, because the consent to it has run out."""
+    rows = connection.execute(
+        f"SELECT {_COLUMNS} FROM record WHERE consent_until <= ? AND state IN ('journal', 'held')"
+        " ORDER BY consent_until LIMIT ?",
+        (now, limit),
+    )
+    return [RecordRow(**dict(zip(RecordRow.__struct_fields__, row, strict=True))) for row in rows]
 
 
 def retract(connection: Connection, row: RecordRow, reason: str) -> int:

@@ -3,6 +3,8 @@
 import gzip
 import io
 import os
+import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import zstandard
 
 from buffers.example import Example, Message, parse
 from daemon import ingest
@@ -231,6 +234,50 @@ def test_what_is_broken_or_a_bomb_is_refused(site: Site, name: str, data: bytes 
     assert time.monotonic() - started < 60
 
 
+COST = """
+import os, subprocess, sys
+with open(sys.argv[1], "rb") as source:
+    command = [sys.executable, "-m", "daemon.ingest.child", sys.argv[2]]
+    child = subprocess.Popen(command, stdin=source, stdout=subprocess.PIPE)
+    said = child.stdout.read().splitlines()[-1].decode()
+    used = os.wait4(child.pid, 0)[2]
+print(round(used.ru_utime + used.ru_stime, 2), used.ru_maxrss // 1024, said)
+"""
+
+
+def nested(depth: int) -> bytes:
+    """An archive of archives, the innermost of which unpacks to gigabytes."""
+    data = zipped({"x": b"\0" * 100_000_000})
+    for _ in range(depth):
+        data = zipped({f"{number}.zip": data for number in range(8)})
+    return data
+
+
+def quines() -> bytes:
+    """A gzip file of a gzip file of a gzip file of zeros."""
+    return gzip.compress(gzip.compress(gzip.compress(b"\0" * 100_000_000)))
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("epub", zipped(EPUB | {"x": b"\0" * 100_000_000})), ("epub", zipped(EPUB | {"x": nested(2)})),
+        ("epub", laughs()), ("docx", zipped({"word/document.xml": b" " * 120_000_000})),
+        ("txt.gz", gzip.compress(b"\0" * 100_000_000)), ("jsonl.gz", quines()),
+        ("txt.zst", zstandard.compress(b"\0" * 100_000_000)),
+    ],
+)  # fmt: skip
+def test_a_bomb_costs_two_seconds_and_256_mib_at_most(tmp_path: Path, name: str, data: bytes) -> None:
+    """Caps fire before anything is unpacked; archives within archives are never opened."""
+    (tmp_path / "bomb").write_bytes(data)
+    task = msgspec.json.encode(sandbox.Task(name, Watch())).decode()
+    command = [sys.executable, "-c", COST, str(tmp_path / "bomb"), task]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    seconds, mebibytes, said = ended.stdout.split(" ", 2)
+    assert float(seconds) <= 2 and int(mebibytes) <= 256, ended.stdout
+    assert name == "epub" or '"code":""' not in said
+
+
 @pytest.mark.parametrize(
     ("break_it", "reason"),
     [
@@ -258,9 +305,6 @@ def test_a_parser_that_dies_is_tried_once_more_and_then_refused(
 
 def test_the_child_has_no_network_and_limits() -> None:
     """What it gives up before it reads a byte."""
-    import subprocess
-    import sys
-
     probe = (
         "import resource, socket, daemon.ingest.child as child; child.limit(1000);"
         "print(resource.getrlimit(resource.RLIMIT_FSIZE)[0], resource.getrlimit(resource.RLIMIT_AS)[0] > 0);"

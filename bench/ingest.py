@@ -20,10 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from bench import soak_feed
 from bench.poison_world import World
 from daemon import ingest, intake
-from daemon.config import Config, Engine, Model, Source, Trust
+from daemon.config import Config, Engine, Intake, Model, Source, Trust
 from daemon.ingest.opened import signature_of
 from daemon.ingest.outcome import Outcome
 from daemon.state import files
@@ -34,7 +36,7 @@ from daemon.watch import Watcher
 BYTES = 600
 """Of one record with its line end; shorter ones are filled up with a tag."""
 RECORDS = 100_000
-REQUESTS, CLIENTS = 10_000, 32
+REQUESTS, CLIENTS = 20_000, 128
 FILES, BACKLOG = 100_000, 20_000
 NAME = "feedback/npc/game/events.jsonl"
 Records = Iterator[dict[str, Any]]
@@ -178,7 +180,9 @@ async def _ask(path: Path, records: Records) -> tuple[float, list[float]]:
 def serve(directory: Path) -> None:
     """The intake alone, until it is told to stop."""
     config = Place(directory, Source()).config
-    handle = intake.serve(lambda: config, directory / "intake.sock", time.time)
+    config = msgspec.structs.replace(config, intake=Intake(socket=directory / "intake.sock"))
+    handle = intake.serve(lambda: config, time.time)
+    assert handle is not None
     print("ready", flush=True)
     signal.sigwait({signal.SIGTERM})
     handle.close()

@@ -161,6 +161,10 @@ class Intake(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     socket: Path | None = None
     """Unix socket (mode 0660), e.g. `/run/eternad/feedback.sock`; none: records come by files alone."""
+    listen: str = ""
+    """`127.0.0.1:8788` beside or in the place of the socket, loopback only; needs `token_file`."""
+    token_file: Path | None = None
+    """File with the bearer token that requests to `listen` must show; the socket asks for none."""
 
 
 class Gateway(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -300,7 +304,7 @@ def _absolute(config: Config, directory: Path) -> Config:
         gpu_lock_file=at(config.gpu_lock_file),
         trust=replace(config.trust, blocklist_file=at(config.trust.blocklist_file)),
         web=replace(config.web, token_file=at(config.web.token_file)),
-        intake=replace(config.intake, socket=at(config.intake.socket)),
+        intake=replace(config.intake, socket=at(config.intake.socket), token_file=at(config.intake.token_file)),
         notify=replace(
             config.notify,
             webhook_secret_file=at(config.notify.webhook_secret_file),
@@ -328,6 +332,7 @@ def _check(config: Config, path: Path) -> None:
         raise ConfigError(f"{path}: [web] listen = `{config.web.listen}` must be a loopback address: `127.0.0.1:8787`")
     if (wrong := problem(config.notify)) is not None:
         raise ConfigError(f"{path}: [notify] {wrong}")
+    _check_intake(config.intake, path)
     _check_gateway(config.gateway, path)
     for name, model in config.models.items():
         place = f"{path}: [models.{name}]"
@@ -361,6 +366,16 @@ def _check_names(config: Config, path: Path) -> None:
     for name, metric in config.metrics.items():
         if (wrong := trouble_with(metric)) is not None:
             raise ConfigError(f"{path}: [metrics.{name}] {wrong}")
+
+
+def _check_intake(intake: Intake, path: Path) -> None:
+    if intake.listen and not LOOPBACK.fullmatch(intake.listen):
+        raise ConfigError(f"{path}: [intake] listen = `{intake.listen}` must be a loopback address: `127.0.0.1:8788`")
+    if intake.listen and intake.token_file is None:
+        raise ConfigError(
+            f"{path}: [intake] listen needs `token_file`: any program of this machine reaches a port, whereas a socket"
+            " has a group"
+        )
 
 
 def _check_gateway(gateway: Gateway, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Feedback over HTTP, for game servers: `POST /v1/feedback/MODEL/SOURCE` on a Unix socket.
+"""Feedback over HTTP, for game servers: `POST /v1/feedback/MODEL/SOURCE` on a Unix socket, or on loopback with a token.
 
 A record is acknowledged when it is on disk: appended to `feedback/MODEL/SOURCE/intake-DATE.jsonl` in the drop directory
 and fsynced, many requests at a time. From there it is taken in like any other file, exactly once, because its id is its
@@ -6,6 +6,7 @@ idempotency key: a producer that got no answer sends the record again. Nothing h
 """
 
 import asyncio
+import hmac
 import logging
 import os
 import socket
@@ -25,7 +26,6 @@ from daemon.trust.metric import Metric
 if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.requests import Request
-    from starlette.responses import Response
 
     from daemon.web.server import Server
 
@@ -136,8 +136,8 @@ def _fsync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def build(config: Callable[[], Config], clock: Callable[[], float]) -> "Starlette":
-    """The application; `config` gives the configuration of the moment."""
+def build(config: Callable[[], Config], clock: Callable[[], float], token: str | None = None) -> "Starlette":
+    """The application; `config` gives the configuration of the moment, `token` is what TCP clients must know."""
     from contextlib import asynccontextmanager
 
     from starlette.applications import Starlette
@@ -149,14 +149,24 @@ def build(config: Callable[[], Config], clock: Callable[[], float]) -> "Starlett
     def answer(status: int, body: Accepted | Refused, headers: dict[str, str] | None = None) -> Response:
         return Response(msgspec.json.encode(body), status, headers, "application/json")
 
-    async def post(request: "Request") -> "Response":
+    def turned_away(request: "Request") -> Response | None:
+        """The answer to a request whose body is not even read."""
         model, source = request.path_params["model"], request.path_params["source"]
+        if not _may_write(request, token):
+            return answer(401, Refused("unauthorized", "show the token: `Authorization: Bearer ...`"))
         if model not in config().models or not NAME.fullmatch(source):
             return answer(404, Refused("unknown_model", f"no model `{model}`, or `{source}` is no name of a source"))
         if journal.is_full:
             return answer(429, Refused("busy", "too many requests wait"), {"Retry-After": str(RETRY_SECONDS)})
         if int(request.headers.get("content-length") or 0) > BODY_BYTES_MAX:
             return answer(413, Refused("too_large", f"at most {BODY_BYTES_MAX} bytes a request"))
+        return None
+
+    async def post(request: "Request") -> Response:
+        away = turned_away(request)
+        if away is not None:
+            return away
+        model, source = request.path_params["model"], request.path_params["source"]
         try:
             ids, data = check(await _body(request), model, config().watch.line_bytes_max, config().metrics)
         except Problem as problem:
@@ -177,6 +187,15 @@ def build(config: Callable[[], Config], clock: Callable[[], float]) -> "Starlett
         writer.cancel()
 
     return Starlette(routes=[Route("/v1/feedback/{model}/{source}", post, methods=["POST"])], lifespan=lifespan)
+
+
+def _may_write(request: "Request", token: str | None) -> bool:
+    """A socket has a group, which decides; a port is open to every program of the machine."""
+    server = request.scope.get("server")
+    if server is not None and server[1] is None:  # (path, None): a Unix socket
+        return True
+    shown = request.headers.get("authorization", "").removeprefix("Bearer ")
+    return token is not None and hmac.compare_digest(shown.encode(), token.encode())
 
 
 async def _body(request: "Request") -> bytes:
@@ -224,33 +243,52 @@ def check_record(
 class Handle:
     """The running endpoint."""
 
-    def __init__(self, server: "Server", thread: threading.Thread, path: Path) -> None:
-        self._server, self._thread, self.path = server, thread, path
+    def __init__(self, server: "Server", thread: threading.Thread, path: Path | None) -> None:
+        self._server, self._thread, self._path = server, thread, path
 
     def close(self) -> None:
         """Stop listening; requests that run are answered first."""
         self._server.stop()
         self._thread.join(10)
-        self.path.unlink(missing_ok=True)
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
 
 
-def serve(config: Callable[[], Config], path: Path, clock: Callable[[], float]) -> Handle:
-    """Listen on a Unix socket at `path`, in a thread; who may write is decided by its group (mode 0660)."""
+def serve(config: Callable[[], Config], clock: Callable[[], float]) -> Handle | None:
+    """Listen where `[intake]` says, in a thread; None when it says nowhere. Raises `OSError` for a port in use."""
     import uvicorn
 
+    from daemon.gateway.corked import CorkedProtocol
     from daemon.web.server import Server
 
+    settings = config().intake
+    bound = [_bind(settings.socket)] if settings.socket is not None else []
+    if settings.listen:
+        host, _, port = settings.listen.rpartition(":")
+        bound.append(socket.create_server((host.strip("[]"), int(port)), family=_family(host)))
+    if not bound:
+        return None
+    token = settings.token_file.read_text("utf-8").strip() or None if settings.token_file is not None else None
+    server = Server(
+        uvicorn.Config(
+            build(config, clock, token), log_config=None, log_level="warning", access_log=False, server_header=False,
+            http=CorkedProtocol, loop="uvloop", ws="none", backlog=1024, timeout_graceful_shutdown=5,
+        )
+    )  # fmt: skip
+    thread = threading.Thread(target=server.run, kwargs={"sockets": bound}, name="intake", daemon=True)
+    thread.start()
+    return Handle(server, thread, settings.socket)
+
+
+def _bind(path: Path) -> socket.socket:
+    """A Unix socket; who may write to it is decided by its group (mode 0660)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     bound.bind(str(path))
     path.chmod(0o660)
-    server = Server(
-        uvicorn.Config(
-            build(config, clock), log_config=None, log_level="warning", access_log=False, server_header=False,
-            http="h11", loop="asyncio", ws="none", backlog=1024, timeout_graceful_shutdown=5,
-        )
-    )  # fmt: skip
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="intake", daemon=True)
-    thread.start()
-    return Handle(server, thread, path)
+    return bound
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if host.startswith("[") else socket.AF_INET

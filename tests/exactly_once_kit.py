@@ -19,6 +19,7 @@ from feedback_kit import record
 
 from daemon import ingest, intake
 from daemon.config import Config, Engine, Model, Source, Trust, Watch
+from daemon.config import Intake as Door
 from daemon.ingest import feedback_file
 from daemon.state import files
 from daemon.state.database import open_database, open_read_only
@@ -35,7 +36,7 @@ def config_of(directory: Path) -> Config:
         library_directory=directory / "library", state_directory=directory / "state",
         models={"npc": Model(base_path=directory, engine="e")}, engines={"e": Engine()},
         trust=Trust(sources={"game": Source(trusted=True), "live": Source(trusted=True)}),
-        watch=Watch(scan_seconds=0.3),
+        watch=Watch(scan_seconds=0.3), intake=Door(socket=directory / "intake.sock"),
     )  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def run_intake(directory: Path, batch_lines: int, ready: Any) -> None:
     database = open_database(directory / "state" / "eternad.db")
     watcher = Watcher(config.library_directory, config.watch)
     watcher.start()
-    intake.serve(lambda: config, directory / "intake.sock", time.time)
+    intake.serve(lambda: config, time.time)
     ready.set()
     while True:
         is_last = (directory / "stop").exists()

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from daemon import ingest, intake
 from daemon.cli.app import app
-from daemon.config import Config, Engine, Model, Source, Trust
+from daemon.config import Config, ConfigError, Engine, Intake, Model, Source, Trust, load
 from daemon.ingest.problem import Problem
 from daemon.state import records
 from daemon.state.database import open_database
@@ -48,10 +49,11 @@ def config(tmp_path: Path) -> Config:
 @pytest.fixture
 def client(config: Config, tmp_path: Path) -> Iterator[httpx.Client]:
     """A client of a running endpoint."""
-    handle = intake.serve(lambda: config, tmp_path / "intake.sock", lambda: 1_800_000_000.0)
-    with httpx.Client(
-        transport=httpx.HTTPTransport(uds=str(handle.path), retries=20), base_url="http://intake"
-    ) as made:
+    path = tmp_path / "intake.sock"
+    reached = msgspec.structs.replace(config, intake=Intake(socket=path))
+    handle = intake.serve(lambda: reached, lambda: 1_800_000_000.0)
+    assert handle is not None
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path), retries=20), base_url="http://intake") as made:
         for _ in range(200):
             try:
                 made.get("/")
@@ -112,6 +114,43 @@ def test_a_bad_request_leaves_nothing(
     assert answer.status_code == status
     assert code is None or answer.json()["code"] == code
     assert lines(config) == [] and not list(config.library_directory.rglob("*.jsonl"))
+
+
+def test_a_port_asks_for_the_token(config: Config, tmp_path: Path) -> None:
+    """Any program of the machine reaches it; the socket beside it has a group and asks for nothing."""
+    (tmp_path / "token").write_text("s3cret\n")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    door = Intake(socket=tmp_path / "intake.sock", listen=f"127.0.0.1:{port}", token_file=tmp_path / "token")
+    reached = msgspec.structs.replace(config, intake=door)
+    handle = intake.serve(lambda: reached, lambda: 1_800_000_000.0)
+    assert handle is not None
+    url, body = f"http://127.0.0.1:{port}/v1/feedback/npc/game", record(1)
+    with httpx.Client(transport=httpx.HTTPTransport(retries=20)) as client:
+        for shown in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": ""}):
+            assert client.post(url, json=body, headers=shown).status_code == 401
+        assert lines(config) == []
+        assert client.post(url, json=body, headers={"Authorization": "Bearer s3cret"}).status_code == 202
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(door.socket)), base_url="http://intake") as client:
+        assert client.post("/v1/feedback/npc/game", json=record(2)).status_code == 202
+    handle.close()
+    assert len(lines(config)) == 2 and intake.serve(lambda: config, time.time) is None
+
+
+@pytest.mark.parametrize(("keys", "why"), [
+    ('listen = "127.0.0.1:1"', "needs `token_file`"),
+    ('listen = "0.0.0.0:1"\ntoken_file = "x"', "must be a loopback address"),
+])  # fmt: skip
+def test_a_port_without_a_token_is_refused(tmp_path: Path, keys: str, why: str) -> None:
+    """So is one that other machines reach."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "eternad.toml").write_text(
+        'library_directory = "library"\nstate_directory = "state"\n[engines.e]\n[models.npc]\nbase_path = "base"\n'
+        f'engine = "e"\n[intake]\n{keys}\n'
+    )
+    with pytest.raises(ConfigError, match=why):
+        load(tmp_path / "eternad.toml")
 
 
 def test_values_are_checked_against_the_metrics_of_the_configuration(config: Config) -> None:

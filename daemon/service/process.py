@@ -110,9 +110,8 @@ def _optional_endpoints(service: Service) -> list[web.Handle | intake.Handle]:
     """The status page and the game servers' socket, as far as the configuration wants them."""
     page = web.serve(lambda: service.house.config, service.commands, service.snapshot)
     endpoints: list[web.Handle | intake.Handle] = [] if page is None else [page]
-    if (socket := service.house.config.intake.socket) is not None:
-        endpoints.append(intake.serve(lambda: service.house.config, socket, time.time))
-    return endpoints
+    door = intake.serve(lambda: service.house.config, time.time)
+    return endpoints if door is None else [*endpoints, door]
 
 
 def acquire(state_directory: Path) -> IO[str] | None:

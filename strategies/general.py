@@ -1,7 +1,7 @@
 """General text for a model without a `general_directory`, or with a small one: written once by the base model itself.
 
 What a model samples from itself replays its training nearly as well as stored text (Marek et al., arXiv:2605.26097),
-and a small fixed set is enough (GeRe, Zhang et al., arXiv:2508.04676). A third of it answers plain questions, for
+and a small fixed set is enough (GeRe, Zhang et al., arXiv:2508.04676). A sixth of it answers plain questions, for
 rehearsal and anchors alone. The others begin with the token that begins every text, where a chat model writes both
 sides of a conversation (Magpie, Xu et al., arXiv:2406.08464); one in four of these measures the drift. After a hot
 update they told the same as real text (KL 1.43 against 1.44 nats per token on SmolLM2), where answers told 4.84: their
@@ -31,8 +31,9 @@ TOKENS = 32
 """Longest sample. The first tokens say the most: a KL there already tells whether the model has moved."""
 SEED = 0
 """The same for every run: what is kept must not depend on who came first."""
-TEXT_BATCHES, TEXTS = 2, 32
-"""So many batches of so many texts that begin with nothing."""
+TEXT_BATCHES, TEXTS = 5, 32
+"""So many batches of so many texts that begin with nothing. What holds a model on a hundred texts leaves more room beside
+them than what holds it on two hundred."""
 QUESTIONS = (
     "What is the capital of France?", "Why is the sky blue?", "How do I boil an egg?", "What is a noun?",
     "Tell me a short story about a dog.", "How far away is the moon?", "What is seven times eight?",
@@ -101,7 +102,7 @@ def _keep(path: Path, examples: Sequence[Example]) -> None:
 
 
 def write_general(adapter: Adapter, on_progress: Callable[[], None] = lambda: None) -> list[Example]:
-    """The base model's own words, each once: answers to `QUESTIONS`, and twice as many texts of its own choice."""
+    """The base model's own words, each once: answers to `QUESTIONS`, and five times as many texts of its own choice."""
     tokenizer = adapter.tokenizer
     batches: list[list[Example]] = []
     if tokenizer.chat_template is not None:

@@ -32,8 +32,7 @@ TOKENS = 32
 SEED = 0
 """The same for every run: what is kept must not depend on who came first."""
 TEXT_BATCHES, TEXTS = 5, 32
-"""So many batches of so many texts that begin with nothing. What holds a model on a hundred texts leaves more room beside
-them than what holds it on two hundred."""
+"""So many batches of so many texts that begin with nothing: the more anchors, the less room beside them."""
 QUESTIONS = (
     "What is the capital of France?", "Why is the sky blue?", "How do I boil an egg?", "What is a noun?",
     "Tell me a short story about a dog.", "How far away is the moon?", "What is seven times eight?",

@@ -3,7 +3,8 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -15,6 +16,8 @@ from buffers.example import Example, Message
 from daemon import ingest
 from daemon.ingest import feedback, feedback_file
 from daemon.ingest.problem import Problem
+from daemon.service.house import House
+from daemon.service.intake import Intake
 from daemon.state import audit, files, quarantine, records
 
 
@@ -256,6 +259,21 @@ def test_a_long_file_is_taken_in_in_portions(site: Site, monkeypatch: pytest.Mon
         signatures.add(files.known(site.database, NAME))
     assert states == ["partial", "read"] and len(signatures) == 3
     assert len(site.examples()) == 45
+
+
+def test_a_backlog_is_taken_in_without_a_pause_between_the_turns(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The daemon's next turn follows at once while a file has more lines than one turn takes."""
+    monkeypatch.setattr(feedback_file, "BATCH_LINES", 2)
+    monkeypatch.setattr(feedback_file, "BATCHES_PER_CALL", 2)
+    site.path.write_bytes(b"".join(line(record(number)) for number in range(10)))
+    intake = Intake(cast(House, SimpleNamespace(database=site.database, config=site.config)))
+    intake.watch()
+    behind = []
+    while not behind or behind[-1]:
+        intake.take_in(NOW + len(behind))
+        behind.append(intake.is_behind)
+    intake.close()
+    assert behind == [True, True, False] and len(site.examples()) == 10
 
 
 def test_a_million_bad_lines_do_not_fill_the_database(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,17 @@ from daemon.state.trouble import trouble_of
 from daemon.watch import Watcher
 
 
+FILES_PER_TURN = 256
+
+
 class Intake:
     """What comes in."""
 
     def __init__(self, house: House) -> None:
         self._house = house
         self._watcher: Watcher | None = None
+        self.is_behind = False
+        """Whether more waits than one turn took in: then the next one follows at once."""
 
     def watch(self) -> None:
         """Watch the library by the present configuration; the first look is a whole scan."""
@@ -51,14 +56,20 @@ class Intake:
         if self._watcher is None:
             return 0
         ingest.expire(self._house.database, now)
-        found = self._watcher.finished(now, partial(files.known, self._house.database))
+        found = self._watcher.finished(now, partial(files.known, self._house.database), FILES_PER_TURN)
+        self.is_behind = False  # a turn that fails is followed by a pause
+        is_behind = len(found) >= FILES_PER_TURN
         for finished in found:
-            self._take_in(finished, now)
+            is_behind |= self._take_in(finished, now)
             sd_notify.notify(WATCHDOG=1)  # a large drop is progress, too
+        self.is_behind = is_behind
         return len(found)
 
-    def _take_in(self, finished: files.Finished, now: float) -> None:
-        """The daemon's other catch-all boundary: one file that breaks is tried again later, the others go on."""
+    def _take_in(self, finished: files.Finished, now: float) -> bool:
+        """The daemon's other catch-all boundary: one file that breaks is tried again later, the others go on.
+
+        Returns whether more of it waits.
+        """
         try:
             outcome = ingest.ingest_file(self._house.database, self._house.config, finished, now)
         except Exception as error:
@@ -66,7 +77,7 @@ class Intake:
                 raise  # nothing is wrong with the file: the turn is tried again when the disk takes it
             path = finished.path
             log.exception("%r could not be taken in; it is tried again at the next scan", path, extra=about(file=path))
-            return
+            return False
         if outcome.awaited and self._watcher is not None:
             self._watcher.expect(outcome.awaited)
         entry = about(file=outcome.path)
@@ -75,6 +86,7 @@ class Intake:
         else:
             counted = (outcome.path, outcome.state, outcome.new, outcome.duplicates)
             log.info("%s: %s, %d new, %d duplicates", *counted, extra=entry)
+        return outcome.state == "partial"
 
     def scan(self, _command: Command) -> Said:
         """Compare the whole library with what is known, now."""

@@ -86,6 +86,11 @@ class Service:
             self.clock.declare(self.house.config.models, self._last_fires())
         self._turned_at = now
 
+    @property
+    def pause_seconds(self) -> float:
+        """Until the next turn: hardly any while more waits to be taken in than one turn could."""
+        return 0.001 if self.intake.is_behind else self.house.config.tick_seconds
+
     def wait(self, seconds: float) -> None:
         """Until the next turn is due; orders of operators are carried out at once."""
         command: Command | None

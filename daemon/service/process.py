@@ -97,7 +97,7 @@ def _serve(service: Service, flags: Flags) -> int:
                     service.reload()
             service.turn(time.time())
             sd_notify.notify(WATCHDOG=1)
-            service.wait(service.house.config.tick_seconds)
+            service.wait(service.pause_seconds)
     finally:
         sd_notify.notify(STOPPING=1, STATUS="stopping; a running update writes a checkpoint")
         for each in endpoints:

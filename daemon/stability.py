@@ -66,6 +66,12 @@ class StabilityTracker:
         """Files of a batch: whether they are complete is told by their hash."""
         self._awaited.update(paths)
 
+    def again(self, relative: str) -> None:
+        """Some of a file was taken in, and more of it waits: it is due at once."""
+        seen = self._sightings.get(relative)
+        if seen is not None:
+            seen.handed, seen.attempts = None, 0
+
     def lose(self, relative: str) -> None:
         """The file is gone, or known."""
         self._awaited.discard(relative)

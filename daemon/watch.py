@@ -129,6 +129,10 @@ class Watcher:
             os.close(self._root)
             self._root = None
 
+    def again(self, relative: str) -> None:
+        """More of this file waits than was taken in: hand it over again at the next call."""
+        self._tracker.again(relative)
+
     def expect(self, paths: Iterable[str]) -> None:
         """These files of a batch need no time to settle: their hash tells whether they are complete."""
         self._tracker.expect(paths)

@@ -12,7 +12,6 @@ from daemon.state import files
 from daemon.state.trouble import trouble_of
 from daemon.watch import Watcher
 
-
 FILES_PER_TURN = 256
 
 
@@ -86,6 +85,8 @@ class Intake:
         else:
             counted = (outcome.path, outcome.state, outcome.new, outcome.duplicates)
             log.info("%s: %s, %d new, %d duplicates", *counted, extra=entry)
+        if outcome.state == "partial" and self._watcher is not None:
+            self._watcher.again(finished.relative)
         return outcome.state == "partial"
 
     def scan(self, _command: Command) -> Said:

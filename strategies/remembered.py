@@ -6,6 +6,7 @@ weights and of everything that decides a number, and by a hash of the tokens. On
 kept as well: those of players' words would say what the words were. A cache: damaged or missing, it is made anew.
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
@@ -63,13 +64,19 @@ class Remembered:
         tensors["keys"] = torch.tensor([list(key) for key in self.losses], dtype=torch.uint8).view(-1, KEY_BYTES)
         tensors["losses"] = torch.tensor(list(self.losses.values()), dtype=torch.float64)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(self.path, tensors)
+        own = self.path.with_name(f".{os.getpid()}.{self.path.name}")  # trials of a search share the base's file
+        save_tensors(own, tensors)
+        own.replace(self.path)
         forget_old(self.path.parent)
 
 
 def forget_old(directory: Path) -> None:
     """Only the files that were used last stay."""
-    for path in sorted(directory.glob("*.safetensors"), key=lambda it: it.stat().st_mtime_ns, reverse=True)[FILES:]:
+    used: list[tuple[int, Path]] = []
+    for path in directory.glob("*.safetensors"):
+        with contextlib.suppress(FileNotFoundError):  # another trainer forgets at the same time
+            used.append((path.stat().st_mtime_ns, path))
+    for _, path in sorted(used, reverse=True)[FILES:]:
         path.unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""The way to a Ray cluster: found, joined with a token, left again; a missing one is one sentence.
+"""The way to a Ray cluster: found, joined (with a token where there is one), left again; a missing one is one sentence.
 
 Ray is an extra (`eternad[ray]`), imported by the children that need it and never by the daemon.
 """
@@ -8,14 +8,15 @@ import logging
 import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 INSTALL = "pip install 'eternad[ray]'"
 DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
-    "RAY_AUTH_MODE": "token",  # whoever reaches the port of a cluster without one can run what they like there
     "RAY_TRAIN_V2_ENABLED": "1",
     # they ask the dashboard, which a small cluster need not have
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -26,6 +27,11 @@ DEFAULTS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",  # its tables
 }
+TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+NO_TOKEN = (
+    "this Ray cluster asks for no token: whoever reaches its port can run programs on it; `ray get-auth-token"
+    " --generate` and RAY_AUTH_MODE=token for all of it close that"
+)
 KNOCK_SECONDS = 10.0
 LOOK_SECONDS = 5.0
 """Looking is a call to the head: not at every turn of a loop."""
@@ -53,18 +59,27 @@ def joined(shows_workers: bool = False) -> Iterator[None]:
     knock(os.environ.get("RAY_ADDRESS", ""))
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    if has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    elif os.environ.get("RAY_AUTH_MODE", "disabled") == "disabled":
+        print(NO_TOKEN, file=sys.stderr)
     import ray
 
     logging.getLogger("ray").setLevel(logging.CRITICAL)  # what matters becomes an exception
     try:
         ray.init(address="auto", log_to_driver=shows_workers, logging_level="error", configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         said = str(error).splitlines()[0]
         raise NoCluster(f"no Ray cluster was reached ({said}): `ray start --head`, or set RAY_ADDRESS") from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def has_token() -> bool:
+    """Whether there is a token to show, where Ray looks for one."""
+    return any(os.environ.get(name) for name in TOKENS) or (Path.home() / ".ray" / "auth_token").exists()
 
 
 def knock(address: str) -> None:

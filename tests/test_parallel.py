@@ -192,12 +192,13 @@ def test_two_processes_give_the_adapter_of_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("changes", "near"), [({"precision": "bfloat16"}, 5e-3), ({"recompute_layers": True}, TOLERANCE)]
+    ("changes", "near"), [({"precision": "bfloat16"}, 5e-2), ({"recompute_layers": True}, TOLERANCE)]
 )
 def test_two_processes_stay_near_one_in_bfloat16_and_with_layers_computed_anew(
     tiny_base: Path, tmp_path: Path, changes: dict[str, Any], near: float
 ) -> None:
-    """Every backend: bfloat16 rounds each part of a sum (8 bits), so that is near and not equal."""
+    """Every backend. Near is 1e-5 in float32; bfloat16 has 8 bits, and backends that divide the base call its layers,
+    which round elsewhere than the hand-written pass (measured: 1.4e-4 of a LoRA weight, and 0.019 where divided)."""
     one = alone(tiny_base, tmp_path / "one", "ewc", training=changes)
     backends = [name for name in TESTED if not missing_extra(Parallel(executor="torchrun", backend=name))]
     runs = {

@@ -1,7 +1,9 @@
 """Ray: what is said where it is not installed, and when a cluster that is too small is given up."""
 
+import os
 import socket
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -47,3 +49,62 @@ def test_an_address_where_nobody_is_is_said_at_once() -> None:
         ray_cluster.knock(address)
     ray_cluster.knock("")
     ray_cluster.knock("ray://elsewhere:10001")
+
+
+class FakeRay(SimpleNamespace):
+    """As much of Ray as joining a cluster takes."""
+
+    class exceptions:  # noqa: N801
+        """Ray's."""
+
+        class AuthenticationError(Exception):
+            """Not a RuntimeError."""
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeRay:
+    """A Ray that can be joined, in a home without a token."""
+    found = FakeRay(init=lambda **_: None, shutdown=lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", found)
+    monkeypatch.setattr(ray_cluster, "require", lambda: None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", *ray_cluster.TOKENS, *ray_cluster.DEFAULTS):
+        monkeypatch.setenv(name, "")  # put back afterwards, whatever is set meanwhile
+        monkeypatch.delenv(name)
+    return found
+
+
+def test_a_fresh_cluster_without_a_token_is_joined_with_a_warning(
+    ray: FakeRay, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`ray start --head` makes such a one: it works, and the log says what that means."""
+    with ray_cluster.joined():
+        assert "RAY_AUTH_MODE" not in os.environ
+    assert "asks for no token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["file", "variable"])
+def test_a_token_is_shown_where_there_is_one(
+    ray: FakeRay, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    """In the variable, or in the file that `ray get-auth-token --generate` writes."""
+    if where == "file":
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("t")
+    else:
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "t")
+    with ray_cluster.joined():
+        assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_token_that_is_missing_is_one_sentence(ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cluster wants one and there is none: no traceback, and no trainer that dies without a reason."""
+
+    def refuse(**_: object) -> None:
+        raise ray.exceptions.AuthenticationError("no authentication token was found.\nMore lines")
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    ray.init = refuse
+    with pytest.raises(NoCluster, match=r"no authentication token was found\.\)"), ray_cluster.joined():
+        pass

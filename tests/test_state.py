@@ -185,10 +185,21 @@ def test_failures_in_a_row_end_with_a_success(database: sqlite3.Connection) -> N
     assert runs.failures_in_a_row(database, "npc")[0] == 0
 
 
+@pytest.mark.parametrize("change", ["UPDATE audit SET actor = 'nobody'", "DELETE FROM audit WHERE id = 1"])
+def test_the_audit_log_is_append_only(database: sqlite3.Connection, change: str) -> None:
+    """No statement of the program, wrong as it may be, changes or removes what stands there."""
+    serve_new(database, range(5))
+    before = audit.entries(database)
+    with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+        database.execute(change)
+    assert audit.entries(database) == before
+
+
 def test_the_audit_chain_shows_a_changed_past(database: sqlite3.Connection) -> None:
     """Every move is on record; a row that is edited or removed breaks the chain at the next one."""
     serve_new(database, range(5))
     assert [entry.event for entry in audit.entries(database)][:2] == ["run.PENDING", "run.TRAINING"]
     assert audit.broken_at(database) is None
+    database.execute("DROP TRIGGER audit_is_never_changed")  # whoever has the file can
     database.execute("UPDATE audit SET detail = '{}' WHERE id = 3")
     assert audit.broken_at(database) == 3

@@ -200,6 +200,15 @@ MIGRATIONS: list[tuple[str, str]] = [
         CREATE INDEX record_consent ON record (consent_until) WHERE consent_until IS NOT NULL;
         """,
     ),
+    (
+        "audit-1",
+        """
+        CREATE TRIGGER audit_is_never_changed BEFORE UPDATE ON audit
+          BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END;
+        CREATE TRIGGER audit_is_never_cut BEFORE DELETE ON audit
+          BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END;
+        """,
+    ),
 ]
 
 

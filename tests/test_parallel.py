@@ -169,8 +169,16 @@ def double_runs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
             request(tiny_base, directory / f"{parallel.backend}-{cell}", cell, parallel=parallel)
             for parallel in chosen if not missing_extra(parallel) for cell in CHEAP
         ]
+        + [request(tiny_base, directory / "recomputed", "gem", parallel=chosen[TESTED.index("fsdp2")],
+                   training={"recompute_layers": True})]
     )  # fmt: skip
     return directory
+
+
+def test_sharded_layers_can_be_recomputed(single_runs: Path, double_runs: Path) -> None:
+    """Their weights are gathered once more for it: still the adapter of one process."""
+    assert finished(double_runs / "recomputed").strategies["memory"] == {"layers_recomputed": 1.0}
+    assert difference(single_runs / "gem", double_runs / "recomputed") < TOLERANCE
 
 
 @pytest.mark.parametrize("cell", CHEAP)

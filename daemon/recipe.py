@@ -18,11 +18,12 @@ class Pace(NamedTuple):
 
     learning_rate: float
     epochs: int
+    batch_examples: int
 
 
 def pace_for(base: Path) -> Pace:
     """The larger a model, the gentler: it needs less, and forgets less by it. A base that is not there yet is small."""
-    return Pace(1e-3, 4) if parameters_of(base) <= SMALL else Pace(1e-4, 3)
+    return Pace(1e-3, 4, 6) if parameters_of(base) <= SMALL else Pace(1e-4, 3, 8)
 
 
 def parameters_of(base: Path) -> int:

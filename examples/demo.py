@@ -78,7 +78,7 @@ general_ratio = 0.1
 
 [[models.npc.strategy]]
 name = "distill"
-on = "general"
+strength = 1.0
 """
 
 

@@ -19,7 +19,7 @@ class Replay(msgspec.Struct, frozen=True, tag_field="name", tag="replay", forbid
 
     ratio: Share = 0.5
     """Share of replayed examples among new and replayed ones: n = r / (1 - r) x new in each epoch, others each time."""
-    general_ratio: Share = 0.1
+    general_ratio: Share = 0.2
     """Share of general text in all of an epoch: from `general_directory`, what that lacks written by the base model."""
 
 
@@ -80,7 +80,7 @@ class AGem(msgspec.Struct, frozen=True, tag_field="name", tag="agem", forbid_unk
 class Distill(msgspec.Struct, frozen=True, tag_field="name", tag="distill", forbid_unknown_fields=True):
     """Learning without forgetting by KL(teacher || model) (Li & Hoiem, arXiv:1606.09282; Hinton's temperature)."""
 
-    strength: NotNegative = 2.0
+    strength: NotNegative = 3.0
     """Weight of the term, per label token of the batch."""
     teacher: Literal["base", "previous"] = "base"
     """`base`: the model without adapter; `previous`: the version that the run continues."""

@@ -34,9 +34,9 @@ def test_init_writes_a_configuration_that_checks(eternad: Eternad, tmp_path: Pat
     assert "must match" in eternad("init", "newer.toml", "--model", "A b", code=USAGE)
 
 
-@pytest.mark.parametrize(("width", "pace"), [(8, (1e-3, 4)), (30_000, (1e-4, 3)), (None, (1e-3, 4))])
+@pytest.mark.parametrize(("width", "pace"), [(8, (1e-3, 4, 6)), (30_000, (1e-4, 3, 8)), (None, (1e-3, 4, 6))])
 def test_the_first_configuration_is_gentler_to_large_models(
-    eternad: Eternad, tmp_path: Path, width: int | None, pace: tuple[float, int]
+    eternad: Eternad, tmp_path: Path, width: int | None, pace: tuple[float, int, int]
 ) -> None:
     """By the header of the weights, which need not be read; files that are none are no reason to fail."""
     (tmp_path / "own").mkdir()
@@ -48,7 +48,7 @@ def test_the_first_configuration_is_gentler_to_large_models(
     eternad("init", "sized.toml", "--base", "own")
     (tmp_path / "own" / "config.json").write_text("{}")
     training = load(tmp_path / "sized.toml").models["npc"].training
-    assert (training.learning_rate, training.epochs) == pace
+    assert (training.learning_rate, training.epochs, training.batch_examples) == pace
 
 
 def test_serve_starts_an_engine_as_the_configuration_says(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

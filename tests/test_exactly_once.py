@@ -98,7 +98,7 @@ def test_every_record_counts_once_whatever_is_killed_when(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("seed", [2, 3])
+@pytest.mark.parametrize("seed", range(2, 12))
 def test_two_hundred_thousand_records_under_five_hundred_kills(tmp_path: Path, seed: int) -> None:
-    """250 SIGKILLs and 100,000 records for each of two seeds."""
-    print(kill_while_ingesting(tmp_path, kills=250, records=100_000, seed=seed))
+    """50 SIGKILLs and 20,000 records for each of ten seeds."""
+    print(kill_while_ingesting(tmp_path, kills=50, records=20_000, seed=seed))

@@ -69,11 +69,12 @@ def add_general(
 
 
 def _lacking(items: dict[Role, list[Item]], request: RunRequest) -> int:
-    """How many more general rows all epochs together would show."""
+    """How many more general rows all epochs together would show, where there are too few even for one of them."""
     replay = next((each for each in request.strategies if isinstance(each, Replay)), Replay(ratio=0.0))
     new, held = len(items["new"]), len(items["replay"])
     taught = new + (held if request.rebase else min(beside(new, replay.ratio), held))
-    return max(beside(taught, replay.general_ratio) * request.training.epochs - len(items["general"]), 0)
+    an_epoch, here = beside(taught, replay.general_ratio), len(items["general"])
+    return an_epoch * request.training.epochs - here if here < an_epoch else 0
 
 
 def kept_or_written(

@@ -140,7 +140,7 @@ def test_text_that_people_gave_is_enough(
 def test_what_a_small_directory_lacks_is_written(
     tiny_base: Path, tmp_path: Path, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every epoch can show other texts; probes stay those of people, and a directory that is large enough is all."""
+    """Every epoch can then show other texts; a directory that is large enough for one epoch is all."""
     asked = request(tiny_base, tmp_path, Replay(general_ratio=0.5))
 
     def given(count: int) -> Items:
@@ -149,13 +149,13 @@ def test_what_a_small_directory_lacks_is_written(
         items["general"] = [Item(index=9, role="general", shape="text", update=0, tokens=[1, 7], start=1)] * count
         return items
 
-    lacking = given(5)
+    lacking = given(3)
     add_general(lacking, asked, adapter, lambda: None)
     assert len(lacking["general"]) == 4 * Training().epochs and not lacking["probe"]
     monkeypatch.setattr(general, "kept_or_written", never)
-    enough = given(4 * Training().epochs)
+    enough = given(4)
     add_general(enough, asked, adapter, never)
-    assert len(enough["general"]) == 4 * Training().epochs
+    assert len(enough["general"]) == 4
 
 
 def test_a_first_update_without_any_general_text_reports_its_drift(tiny_base: Path, tmp_path: Path) -> None:

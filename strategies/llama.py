@@ -137,6 +137,7 @@ class Pass:
     rotation: Rotation
     masks: Masks | None
     enabled: bool
+    shared: Prefix | None
 
 
 class Engine:
@@ -166,12 +167,13 @@ class Engine:
         input (tokens, hidden).
         """
         positions = torch.cat([torch.arange(length) for length in lengths])
-        shared = None if keep or state.masks is not None else common_prefix(tokens, lengths)
+        masks, shared = state.masks, common_prefix(tokens, lengths)
         if shared is not None:
             tokens, positions = tokens[shared.chosen], shared.positions
+            masks = None if masks is None else masks.first(len(tokens))
         x = self.decoder.embed_tokens(tokens)
         runs = _runs(lengths, self.heads // self.kv_heads, x.dtype, shared)
-        now = Pass(runs, self._rotation(x, positions), state.masks, state.enabled)
+        now = Pass(runs, self._rotation(x, positions), masks, state.enabled, shared)
         trained = [place for place, block in enumerate(self.blocks) if block.is_trained()]
         lowest = trained[0] if trained and keep else len(self.blocks)
         kept: list[Kept | Tensor] = []
@@ -185,6 +187,8 @@ class Engine:
 
     def backward(self, gradient: Tensor, last: Tensor, kept: list[Kept | Tensor], now: Pass) -> None:
         """Add every trained adapter's gradient to the flat one; consumes `kept`: nothing lies below its first layer."""
+        if now.shared is not None:  # what several sequences ask of a common token adds up
+            gradient = gradient.new_zeros(last.shape).index_add_(0, now.shared.places, gradient)
         dx = _norm_backward(gradient, last, self.decoder.norm.weight, self.epsilon)
         for block in reversed(self.blocks[-len(kept) :]):
             layer = kept.pop()
@@ -254,8 +258,13 @@ class Engine:
             dweights = do @ v.transpose(1, 2)
             dscores = torch._softmax_backward_data(dweights, weights, -1, do.dtype).mul_(self.scaling)
             self._scatter(dscores @ k, drotated[run.rows, : self.heads], run)
-            self._scatter(dscores.transpose(1, 2) @ q, drotated[run.rows, self.heads :], run)
-            self._scatter(weights.transpose(1, 2) @ do, dheads[run.rows, -self.kv_heads :], run)
+            before = k.shape[1] - run.length  # of a common beginning
+            dk, dv = dscores.transpose(1, 2) @ q, weights.transpose(1, 2) @ do
+            self._scatter(dk[:, before:], drotated[run.rows, self.heads :], run)
+            self._scatter(dv[:, before:], dheads[run.rows, -self.kv_heads :], run)
+            if before:
+                drotated[:before, self.heads :] += self._of_all(dk[:, :before], run)
+                dheads[:before, -self.kv_heads :] += self._of_all(dv[:, :before], run)
         _rotate(drotated, now.rotation, dheads[:, : -self.kv_heads], sign=-1)
         return dheads.flatten(1)
 
@@ -263,6 +272,10 @@ class Engine:
         """(rows, any heads, head size) -> (sequences * kv heads, group * length, head size)"""
         split = heads.unflatten(0, (run.sequences, run.length)).unflatten(2, (self.kv_heads, -1))
         return split.permute(0, 2, 3, 1, 4).reshape(run.sequences * self.kv_heads, -1, self.head_size)
+
+    def _of_all(self, values: Tensor, run: Run) -> Tensor:
+        """(sequences * kv heads, length, head size) -> (length, kv heads, head size), summed over the sequences"""
+        return values.unflatten(0, (run.sequences, self.kv_heads)).sum(0).transpose(0, 1)
 
     def _scatter(self, values: Tensor, heads: Tensor, run: Run) -> None:
         """The inverse of `_gather`, into `heads`."""

@@ -32,6 +32,10 @@ class Masks:
     gain: float
     """1 / (1 - p): what keeps the expectation"""
 
+    def first(self, tokens: int) -> "Masks":
+        """Of so many tokens only."""
+        return Masks(self.pool[:tokens], self.gain)
+
     def window(self, place: int, width: int) -> Tensor:
         """(tokens, width) mask of the layer at `place`."""
         start = place * WINDOW_SHIFT

@@ -1,8 +1,9 @@
 """Sequences that begin alike are computed once as far as they do: a chat template's system prompt, a quest's setting.
 
-Only where no gradient is kept. A causal model's states of a prefix do not depend on what follows, so the sequences of
-one pass share them, and their keys and values with them: of the 48 tokens of a short chat turn in SmolLM2's template 30
-are the system prompt.
+A causal model's states of a prefix do not depend on what follows, so the sequences of one pass share them, and their
+keys and values with them: of the 48 tokens of a short chat turn in SmolLM2's template 30 are the system prompt. Back
+through them goes the sum of what the sequences ask for: the gradient of the padded batch. With dropout they share a
+mask there.
 """
 
 from collections.abc import Sequence

@@ -66,17 +66,43 @@ def test_nothing_is_kept_where_nobody_asks_for_a_gradient(adapter: Adapter, monk
     assert kept == [False, True]
 
 
-def test_training_shares_nothing(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gradient goes through every token, and every token drops out for itself."""
-    asked: list[int] = []
-    monkeypatch.setattr("strategies.llama.common_prefix", lambda *given: asked.append(1))
-    adapter.hidden(batch([14, 14]), [14, 14]).float().sum().backward()
-    with torch.no_grad(), adapter.dropping():
-        adapter.hidden(batch([14, 14]), [14, 14])
-    assert asked == []
+@pytest.mark.parametrize("lengths", [[30, 30, 19, 12], [12, 12, 12], [40, 12]])
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_gradients_are_those_of_the_padded_batch(adapter: Adapter, lengths: list[int], recomputes: bool) -> None:
+    """Every token has a say, those of the beginning in each sequence: the sum of the sequences' own gradients."""
+    tokens, draw = batch(lengths), torch.Generator().manual_seed(6)
+    weights = torch.randn(*tokens.shape, 32, generator=draw)
+    adapter.state.recomputes = recomputes
+    expected = torch.zeros_like(adapter.gradient)
+    for row, length in enumerate(lengths):
+        with adapter.own_gradient() as gradient:
+            (adapter.hidden(tokens[row : row + 1, :length]).float() * weights[row, :length]).sum().backward()
+            expected += gradient
+    with adapter.own_gradient() as gradient:
+        hidden = adapter.hidden(tokens, lengths).unflatten(0, tokens.shape).float()
+        sum((hidden[row, :length] * weights[row, :length]).sum() for row, length in enumerate(lengths)).backward()  # type: ignore[union-attr]
+        error = (gradient - expected).norm() / expected.norm()
+    assert error < (1e-5 if adapter._work.dtype == torch.float32 else 5e-2)
+
+
+def test_dropout_is_shared_with_the_beginning(adapter: Adapter) -> None:
+    """The gradient is that of the function that was computed: a step against it lowers it."""
+    lengths = [14, 14, 13]
+
+    def loss() -> torch.Tensor:
+        torch.manual_seed(8)
+        with adapter.dropping():
+            return adapter.hidden(batch(lengths), lengths).float().square().sum()
+
+    if adapter._work.dtype != torch.float32:
+        return  # rounding is larger than the step
+    adapter.gradient.zero_()
+    before = loss()
+    before.backward()
     with torch.no_grad():
-        adapter.hidden(batch([14, 14]), [14, 14])
-    assert asked == [1]
+        small = 1e-3 / float(adapter.gradient.norm())
+        adapter.assign(adapter.flat - small * adapter.gradient)
+        assert float(before - loss()) == pytest.approx(small * float(adapter.gradient.square().sum()), rel=0.05)
 
 
 @pytest.mark.parametrize(

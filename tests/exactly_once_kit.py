@@ -8,7 +8,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -142,19 +142,30 @@ class Producer:
         copy.write_bytes(self.path.read_bytes() if self.path.exists() else b"")
         copy.rename(self.path)
 
-    def truncate(self, keep: float) -> bool:
+    def truncate(self, keep: float, patience: float = 0.0) -> bool:
         """Cut the file in place, as `copytruncate` does, if everything in it has been taken in; whether it was."""
-        if not self.path.exists() or not self._is_read():
+        if not self.path.exists() or not wait_for(self.is_read, patience):
             return False
         lines = self.path.read_bytes().splitlines(keepends=True)
         os.truncate(self.path, sum(map(len, lines[: int(len(lines) * keep)])))
         return True
 
-    def _is_read(self) -> bool:
+    def is_read(self) -> bool:
+        """Whether everything in the file has been taken in."""
         with contextlib.closing(open_read_only(self._directory / "state" / "eternad.db")) as database:
             row = files.get(database, str(self.path.relative_to(config_of(self._directory).library_directory)))
         seen = self.path.stat()
         return row is not None and (row.signature.ino, row.offset) == (seen.st_ino, seen.st_size)
+
+
+def wait_for(is_so: Callable[[], bool], seconds: float) -> bool:
+    """Wait until it is so, at most so long; whether it is."""
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.005)
+    return True
 
 
 class _Connection(http.client.HTTPConnection):

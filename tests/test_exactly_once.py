@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from exactly_once_kit import RATED_EVERY, Client, Intake, Producer, is_subsequence, stored_numbers
+from exactly_once_kit import RATED_EVERY, Client, Intake, Producer, is_subsequence, stored_numbers, wait_for
 
 from daemon.state import audit, quarantine
 from daemon.state.database import open_database
@@ -34,6 +34,9 @@ def kill_while_ingesting(directory: Path, kills: int, records: int, seed: int) -
             happened = draw.choice([*did, "nothing", "nothing"])
             disturb(producer, happened, draw, did)
             time.sleep(draw.random() * 0.03)
+        if draw.random() < 0.4:  # let something be acknowledged now and then, however slow the machine is
+            before = sum(map(count, clients))
+            wait_for(lambda before=before: sum(map(count, clients)) > before, 2.0)
         intake.kill(process)
         process = intake.start(draw.choice([7, 50, 200, 1000]))
     intake.kill(process)
@@ -56,7 +59,7 @@ def count(source: Producer | Client) -> int:
 def disturb(producer: Producer, happened: str, draw: random.Random, did: dict[str, int]) -> None:
     """Do something to a file."""
     if happened == "truncated":
-        did[happened] += producer.truncate(draw.choice([0.0, 0.0, 0.5]))
+        did[happened] += producer.truncate(draw.choice([0.0, 0.0, 0.5]), patience=2.0)
     elif happened != "nothing":
         {"rotated": producer.rotate, "renamed": producer.rename, "replaced": producer.replace}[happened]()
         did[happened] += 1

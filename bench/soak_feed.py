@@ -7,6 +7,8 @@ from pathlib import Path
 ROTATE_SECONDS, KEEP_SECONDS = 300.0, 900.0
 LEARNED_EVERY = 250
 """Such a record is a thumb or a demonstration; the others are telemetry (`float`): stored and never trained on."""
+FIRST_NUMBER = 1_000_000
+"""Seven digits in every text from the beginning: they make the daemon look for phone numbers, and load what does."""
 
 
 def record(number: int, now: float) -> dict[str, object]:
@@ -46,7 +48,8 @@ class Feed:
         elapsed = time.monotonic() - self._began
         wanted = int(elapsed * self._rate)
         now = time.time()
-        lines = [json.dumps(record(number, now)) for number in range(self.written, wanted)]
+        numbers = range(FIRST_NUMBER + self.written, FIRST_NUMBER + wanted)
+        lines = [json.dumps(record(number, now)) for number in numbers]
         if lines:
             with self._current(elapsed).open("a") as file:
                 file.write("\n".join(lines) + "\n")

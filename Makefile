@@ -47,6 +47,8 @@ RAY := .cache/ray
 $(RAY)/installed: requirements-ray.lock
 	$(PYTHON) -m venv $(RAY)
 	$(RAY)/bin/pip install -q --no-deps --no-compile -r requirements-ray.lock
+	# a raylet gives its agents 15 s to start: on a busy machine they must not spend them on compiling
+	cd $(RAY)/lib/python3*/site-packages/ray && ../../../../bin/python -m compileall -q dashboard _private _common
 	site=$$($(RAY)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
 		&& printf '%s\n' $(CURDIR) $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') >$$site/eternad.pth
 	@touch $@

@@ -204,12 +204,11 @@ def cell_of(setting: Setting, sequence: list[Task], name: str, recipe: list[Stra
 
 
 def kept(setting: Setting, strategies: list[str], seeds: list[int]) -> list[Cell]:
-    """The finished cells at this learning rate, strategy by strategy, however many examples their steps have."""
+    """The finished cells, strategy by strategy, at whatever learning rate and however many examples a step."""
     found = [
         each
         for file in sorted(setting.work.glob("*/cell.json"))
-        if (each := msgspec.json.decode(file.read_bytes(), type=Cell)).learning_rate == setting.learning_rate
-        and each.strategy in strategies and each.seed in seeds
+        if (each := msgspec.json.decode(file.read_bytes(), type=Cell)).strategy in strategies and each.seed in seeds
     ]  # fmt: skip
     if not found:
         raise SystemExit(f"{setting.work}: no cell of these strategies and seeds is finished")

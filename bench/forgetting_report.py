@@ -103,15 +103,15 @@ def text_of(by_strategy: dict[str, list[Cell]], title: str, pictures: Sequence[P
     lines = [
         f"# Forgetting: {title}",
         "",
-        f"Tasks in their order: {', '.join(first.tasks)}. Learning rate {first.learning_rate:g}, seeds"
-        f" {', '.join(map(str, seeds))}, one where no more were run; from three seeds on, 95 % bootstrap intervals over"
-        " seeds stand in brackets."
+        f"Tasks in their order: {', '.join(first.tasks)}. Seeds {', '.join(map(str, seeds))}, one where no more were"
+        " run; from three seeds on, 95 % bootstrap intervals over seeds stand in brackets."
         " Scores in percent: facts by all answer tokens on paraphrased questions, classification by argmax over the"
         " options. Drift in nats per token on general text that is neither trained on nor rehearsed.",
         "",
-        "| strategy | examples a step | seeds | " + " | ".join(COLUMNS) + " |",
-        "| --- |" + " ---: |" * (2 + len(COLUMNS)),
-        *(f"| {name} | {cells[0].batch_examples} | {len(cells)} | " + " | ".join(_row(cells)) + " |"
+        "| strategy | learning rate | examples a step | seeds | " + " | ".join(COLUMNS) + " |",
+        "| --- |" + " ---: |" * (3 + len(COLUMNS)),
+        *(f"| {name} | {cells[0].learning_rate:g} | {cells[0].batch_examples} | {len(cells)} | "
+          + " | ".join(_row(cells)) + " |"
           for name, cells in by_strategy.items()),
         "",
         *(line for name, cells in by_strategy.items() for line in _growth(name, cells[0])),

@@ -5,16 +5,12 @@ The same numbers as transformers + peft (the tests hold it to that), with fewer 
 - q, k, v and gate, up share their input: one product each with the fused frozen weight, one with the stacked A;
 - the frozen weights get no gradient, and nothing of autograd's bookkeeping is kept: per layer only what the backward
   pass reads;
-- attention is explicit products per key/value head over the group's queries (no repeated keys), with the causal mask
-  added in the product.
+- sequences lie one after other without padding; only attention knows where one ends (`strategies.llama_attention`);
+- what all sequences of a pass begin with is computed once (`strategies.prefix`).
 
-- sequences lie one after other without padding; only attention knows where one ends.
-
-Shapes: x: (tokens, hidden); per run of sequences of one length q: (sequences * kv heads, group * length, head size);
-k, v: (sequences * kv heads, length, head size); scores: (sequences * kv heads, group * length, length).
+Shapes: x: (tokens, hidden).
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.attention import real_places
+from strategies.llama_attention import Attended, Attention, Rotation, Run
 from strategies.lora_linear import LoraGroup, LoraState, LoraWeights, Masks
 from strategies.prefix import Prefix, common_prefix
 
@@ -75,7 +72,7 @@ class Kept(NamedTuple):
     """What the backward pass of one layer reads."""
 
     x: Tensor
-    attended: list["Attended"]
+    attended: list[Attended]
     mixed: Tensor
     """(tokens, heads * head size) attention's answer, before the output layer"""
     middle: Tensor
@@ -86,23 +83,6 @@ class Kept(NamedTuple):
     """(tokens, inner) silu(gate)"""
     zs: tuple[Tensor | None, ...]
     """z = x A^T of qkv, out, gate_up, down"""
-
-
-class Attended(NamedTuple):
-    """What attention's backward pass reads, for one run of sequences."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    weights: Tensor
-    """softmax of the scores"""
-
-
-class Rotation(NamedTuple):
-    """Rotary positions (Su et al., arXiv:2104.09864); (tokens, 1, head size / 2) each."""
-
-    cosine: Tensor
-    sine: Tensor
 
 
 def is_supported(causal: Any) -> bool:
@@ -117,23 +97,11 @@ def is_supported(causal: Any) -> bool:
     )
 
 
-class Run(NamedTuple):
-    """Sequences of one length that lie one after other."""
-
-    rows: slice
-    sequences: int
-    length: int
-    mask: Tensor
-    """(1, group * length, length) causal; to the right of what is seen of a common beginning"""
-    follows: bool = False
-    """Whether the sequences continue what the first run is."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Pass:
     """What is the same for all layers of one forward and backward pass."""
 
-    runs: list["Run"]
+    runs: list[Run]
     rotation: Rotation
     masks: Masks | None
     enabled: bool
@@ -148,8 +116,10 @@ class Engine:
         self.leaf = leaf
         """Any parameter that asks for a gradient: it makes autograd call the backward pass."""
         config, attention = decoder.config, decoder.layers[0].self_attn
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_size, self.scaling, self.epsilon = attention.head_dim, attention.scaling, config.rms_norm_eps
+        self.attention = Attention(
+            config.num_attention_heads, config.num_key_value_heads, attention.head_dim, attention.scaling
+        )
+        self.epsilon = config.rms_norm_eps
         self.blocks = [_block(layer, lora_of) for layer in decoder.layers]
 
     def hidden(self, tokens: Tensor, lengths: Sequence[int], state: LoraState) -> Tensor:
@@ -172,7 +142,7 @@ class Engine:
             tokens, positions = tokens[shared.chosen], shared.positions
             masks = None if masks is None else masks.first(len(tokens))
         x = self.decoder.embed_tokens(tokens)
-        runs = _runs(lengths, self.heads // self.kv_heads, x.dtype, shared)
+        runs = self.attention.layout(lengths, x.dtype, shared)
         now = Pass(runs, self._rotation(x, positions), masks, state.enabled, shared)
         trained = [place for place, block in enumerate(self.blocks) if block.is_trained()]
         lowest = trained[0] if trained and keep else len(self.blocks)
@@ -201,12 +171,12 @@ class Engine:
 
     def _rotation(self, x: Tensor, positions: Tensor) -> Rotation:
         cosine, sine = self.decoder.rotary_emb(x[None], positions[None])
-        half = self.head_size // 2
+        half = self.attention.head_size // 2
         return Rotation(cosine[0, :, None, :half].contiguous(), sine[0, :, None, :half].contiguous())
 
     def _layer_forward(self, block: Block, x: Tensor, now: Pass) -> tuple[Tensor, Kept]:
         qkv, z_qkv = block.qkv.forward(self._norm(x, block.norm_in), now.masks, now.enabled)
-        mixed, attended = self._attend(qkv, now)
+        mixed, attended = self.attention.forward(qkv, now.runs, now.rotation)
         middle, z_out = block.out.forward(mixed, now.masks, now.enabled)
         middle.add_(x)
         gate_up, z_gate_up = block.gate_up.forward(self._norm(middle, block.norm_mlp), now.masks, now.enabled)
@@ -226,61 +196,9 @@ class Engine:
         dnormed = block.gate_up.backward(dgate_up, self._norm(kept.middle, block.norm_mlp), z_gate_up, now.masks)
         dmiddle = _norm_backward(dnormed, kept.middle, block.norm_mlp, self.epsilon).add_(dy)
         dmixed = block.out.backward(dmiddle, kept.mixed, z_out, now.masks)
-        dqkv = self._attend_backward(dmixed, kept.attended, now)
+        dqkv = self.attention.backward(dmixed, kept.attended, now.runs, now.rotation)
         dnormed = block.qkv.backward(dqkv, self._norm(kept.x, block.norm_in), z_qkv, now.masks)
         return _norm_backward(dnormed, kept.x, block.norm_in, self.epsilon).add_(dmiddle)
-
-    def _attend(self, qkv: Tensor, now: Pass) -> tuple[Tensor, list[Attended]]:
-        """qkv: (tokens, (heads + 2 kv heads) * head size)"""
-        heads = qkv.view(len(qkv), -1, self.head_size)
-        rotated = torch.empty_like(heads[:, : -self.kv_heads])
-        _rotate(heads[:, : -self.kv_heads], now.rotation, rotated)
-        mixed = qkv.new_empty(len(qkv), self.heads, self.head_size)
-        kept: list[Attended] = []
-        for run in now.runs:
-            q = self._gather(rotated[run.rows, : self.heads], run)
-            k = self._gather(rotated[run.rows, self.heads :], run)
-            v = self._gather(heads[run.rows, -self.kv_heads :], run)
-            if run.follows:  # the first run, alone, is what all of them begin with
-                k, v = _behind(kept[0].k, k, run), _behind(kept[0].v, v, run)
-            scores = torch.baddbmm(run.mask.expand(len(q), -1, -1), q, k.transpose(1, 2), alpha=self.scaling)
-            weights = torch.softmax(scores, dim=-1)
-            self._scatter(weights @ v, mixed[run.rows], run)
-            kept.append(Attended(q, k, v, weights))
-        return mixed.flatten(1), kept
-
-    def _attend_backward(self, dmixed: Tensor, kept: list[Attended], now: Pass) -> Tensor:
-        dheads = dmixed.new_empty(len(dmixed), self.heads + 2 * self.kv_heads, self.head_size)
-        drotated = torch.empty_like(dheads[:, : -self.kv_heads])
-        split = dmixed.view(len(dmixed), self.heads, self.head_size)
-        for run, (q, k, v, weights) in zip(now.runs, kept, strict=True):
-            do = self._gather(split[run.rows], run)
-            dweights = do @ v.transpose(1, 2)
-            dscores = torch._softmax_backward_data(dweights, weights, -1, do.dtype).mul_(self.scaling)
-            self._scatter(dscores @ k, drotated[run.rows, : self.heads], run)
-            before = k.shape[1] - run.length  # of a common beginning
-            dk, dv = dscores.transpose(1, 2) @ q, weights.transpose(1, 2) @ do
-            self._scatter(dk[:, before:], drotated[run.rows, self.heads :], run)
-            self._scatter(dv[:, before:], dheads[run.rows, -self.kv_heads :], run)
-            if before:
-                drotated[:before, self.heads :] += self._of_all(dk[:, :before], run)
-                dheads[:before, -self.kv_heads :] += self._of_all(dv[:, :before], run)
-        _rotate(drotated, now.rotation, dheads[:, : -self.kv_heads], sign=-1)
-        return dheads.flatten(1)
-
-    def _gather(self, heads: Tensor, run: Run) -> Tensor:
-        """(rows, any heads, head size) -> (sequences * kv heads, group * length, head size)"""
-        split = heads.unflatten(0, (run.sequences, run.length)).unflatten(2, (self.kv_heads, -1))
-        return split.permute(0, 2, 3, 1, 4).reshape(run.sequences * self.kv_heads, -1, self.head_size)
-
-    def _of_all(self, values: Tensor, run: Run) -> Tensor:
-        """(sequences * kv heads, length, head size) -> (length, kv heads, head size), summed over the sequences"""
-        return values.unflatten(0, (run.sequences, self.kv_heads)).sum(0).transpose(0, 1)
-
-    def _scatter(self, values: Tensor, heads: Tensor, run: Run) -> None:
-        """The inverse of `_gather`, into `heads`."""
-        split = values.view(run.sequences, self.kv_heads, -1, run.length, self.head_size).permute(0, 3, 1, 2, 4)
-        heads.view(run.sequences, run.length, self.kv_heads, -1, self.head_size).copy_(split)
 
 
 class _Decode(torch.autograd.Function):
@@ -311,27 +229,6 @@ class _Decode(torch.autograd.Function):
         return None, None, None, None, None
 
 
-def _runs(lengths: Sequence[int], group: int, dtype: torch.dtype, shared: Prefix | None) -> list[Run]:
-    """Neighbouring sequences of one length attend in one product."""
-    runs: list[Run] = []
-    start = before = 0
-    if shared is not None:
-        start = before = shared.length
-        runs.append(Run(slice(0, start), 1, start, _causal_mask(start, group, dtype)))
-    for length, same in itertools.groupby(lengths if shared is None else shared.rests):
-        sequences = len(list(same))
-        rows = slice(start, start + sequences * length)
-        mask = torch.nn.functional.pad(_causal_mask(length, group, dtype), (before, 0))
-        runs.append(Run(rows, sequences, length, mask, before > 0))
-        start = rows.stop
-    return runs
-
-
-def _behind(first: Tensor, own: Tensor, run: Run) -> Tensor:
-    """Keys or values of a common beginning (kv heads, length, head size) before those of each sequence."""
-    return torch.cat([first.repeat(run.sequences, 1, 1), own], dim=1)
-
-
 def _block(layer: Any, lora_of: Mapping[nn.Module, LoraWeights]) -> Block:
     attention, mlp = layer.self_attn, layer.mlp
     return Block(
@@ -356,22 +253,6 @@ def _group(modules: Sequence[Any], lora_of: Mapping[nn.Module, LoraWeights]) -> 
     adapted = [(lora_of[module], rows) for module, rows in zip(modules, outputs, strict=True) if module in lora_of]
     members, columns = tuple(lora for lora, _ in adapted), tuple(rows for _, rows in adapted)
     return Group(weight, bias, LoraGroup(members, columns) if members else None)
-
-
-def _causal_mask(length: int, group: int, dtype: torch.dtype) -> Tensor:
-    """(1, group * length, length): 0 where a query may look, -inf beyond; the group's queries one after other."""
-    mask = torch.full((length, length), float("-inf"), dtype=dtype).triu_(1)
-    return mask.repeat(group, 1)[None]
-
-
-def _rotate(heads: Tensor, rotation: Rotation, out: Tensor, sign: int = 1) -> None:
-    """Rotate (tokens, heads, head size) by position into `out`; sign -1 is the inverse, which is the transpose."""
-    first, second = heads.chunk(2, dim=-1)
-    to_first, to_second = out.chunk(2, dim=-1)
-    torch.mul(first, rotation.cosine, out=to_first)
-    to_first.addcmul_(second, rotation.sine, value=-sign)
-    torch.mul(second, rotation.cosine, out=to_second)
-    to_second.addcmul_(first, rotation.sine, value=sign)
 
 
 def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

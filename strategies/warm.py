@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from strategies import train
-from strategies.adapter import load_ahead
+from strategies.base_model import load_ahead
 from strategies.failure import Failure
 from strategies.request import Wanted
 

@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from strategies.adapter import Adapter, compute_dtype, load_adapter
+from strategies.adapter import Adapter, load_adapter
+from strategies.base_model import compute_dtype
 from strategies.failure import Failure
 from strategies.request import Lora
 

@@ -232,18 +232,18 @@ def test_the_daemon_keeps_the_next_trainer_warm(tmp_path: Path, monkeypatch: pyt
 
 def test_a_base_that_changed_meanwhile_is_loaded_anew(tiny_base: Path, tmp_path: Path) -> None:
     """What was loaded ahead is only taken while the files are the same."""
-    from strategies import adapter
+    from strategies import adapter, base_model
     from strategies.request import Lora, Wanted
 
     base = tmp_path / "base"
     shutil.copytree(tiny_base, base)
-    adapter.load_ahead(Wanted(base_path=base, device="cpu", precision="float32"))
-    ((key, (loaded, _)),) = adapter._ahead.items()
+    base_model.load_ahead(Wanted(base_path=base, device="cpu", precision="float32"))
+    ((key, (loaded, _)),) = base_model._ahead.items()
     os.utime(base / "model.safetensors")
     made = adapter.load_adapter(base, Lora(rank=4), precision="float32")
     assert made.model.get_base_model() is not loaded
-    assert adapter._ahead.pop(key)[0] is loaded
-    adapter.load_ahead(Wanted(base_path=base, device="cpu", precision="float32"))
-    ((_, (loaded, _)),) = adapter._ahead.items()
+    assert base_model._ahead.pop(key)[0] is loaded
+    base_model.load_ahead(Wanted(base_path=base, device="cpu", precision="float32"))
+    ((_, (loaded, _)),) = base_model._ahead.items()
     assert adapter.load_adapter(base, Lora(rank=4), precision="float32").model.get_base_model() is loaded
-    assert not adapter._ahead
+    assert not base_model._ahead

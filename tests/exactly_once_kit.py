@@ -15,15 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import rensa  # noqa: F401 - what the intake imports when it is needed: here once, in the process that forks
+import uvloop  # noqa: F401
 from feedback_kit import record
 
 from daemon import ingest, intake
 from daemon.config import Config, Engine, Model, Source, Trust, Watch
 from daemon.config import Intake as Door
 from daemon.ingest import feedback_file
+from daemon.ingest.opened import signature_of
 from daemon.state import files
 from daemon.state.database import open_database, open_read_only
 from daemon.watch import Watcher
+from daemon.web import server  # noqa: F401
 
 HOME = Path(__file__).resolve().parent
 RATED_EVERY = 10
@@ -63,8 +67,10 @@ def run_intake(directory: Path, batch_lines: int, ready: Any) -> None:
     while True:
         is_last = (directory / "stop").exists()
         found = watcher.finished(time.time(), partial(files.known, database))
-        states = [ingest.ingest_file(database, config, finished, time.time()).state for finished in found]
-        if is_last and not states and not watcher.waiting:
+        for finished in found:
+            if ingest.ingest_file(database, config, finished, time.time()).state == "partial":
+                watcher.again(finished.relative)
+        if is_last and not found and not watcher.waiting:
             os._exit(0)
         time.sleep(0.002)
 
@@ -142,9 +148,9 @@ class Producer:
         copy.write_bytes(self.path.read_bytes() if self.path.exists() else b"")
         copy.rename(self.path)
 
-    def truncate(self, keep: float, patience: float = 0.0) -> bool:
+    def truncate(self, keep: float) -> bool:
         """Cut the file in place, as `copytruncate` does, if everything in it has been taken in; whether it was."""
-        if not self.path.exists() or not wait_for(self.is_read, patience):
+        if not self.path.exists() or not self.is_read():
             return False
         lines = self.path.read_bytes().splitlines(keepends=True)
         os.truncate(self.path, sum(map(len, lines[: int(len(lines) * keep)])))
@@ -152,10 +158,13 @@ class Producer:
 
     def is_read(self) -> bool:
         """Whether everything in the file has been taken in."""
+        if not self.path.exists():
+            return False
         with contextlib.closing(open_read_only(self._directory / "state" / "eternad.db")) as database:
             row = files.get(database, str(self.path.relative_to(config_of(self._directory).library_directory)))
-        seen = self.path.stat()
-        return row is not None and (row.signature.ino, row.offset) == (seen.st_ino, seen.st_size)
+        # the whole signature: after a truncation it may have grown to the size that it had when it was read
+        seen = signature_of(self.path.stat())
+        return row is not None and (row.signature, row.offset) == (seen, seen.size)
 
 
 def wait_for(is_so: Callable[[], bool], seconds: float) -> bool:
@@ -202,8 +211,8 @@ class Client:
         self._thread.join(30)
 
     def _run(self) -> None:
-        while not self._stop.is_set():
-            numbers = range(self.next, self.next + self._draw.randrange(1, 250))
+        while not self._stop.wait(0.05):
+            numbers = range(self.next, self.next + self._draw.randrange(1, 60))
             self.next = numbers.stop
             body = b"".join(map(line, numbers))
             patience = self._draw.choice([1, 1000, 1000, 1000, 1000])

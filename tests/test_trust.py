@@ -58,7 +58,11 @@ class Site:
         seen = os.lstat(self.library / name)
         signature = Signature(seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
         finished = Finished(path=name, relative=name, signature=signature)
-        return ingest.ingest_file(self.database, self.config, finished, at)
+        outcome = ingest.ingest_file(self.database, self.config, finished, at)
+        while outcome.state == "partial":  # a call takes about a second's work
+            outcome.count(more := ingest.ingest_file(self.database, self.config, finished, at))
+            outcome.state = more.state
+        return outcome
 
     def states(self) -> list[str]:
         """What became of each record, in order."""

@@ -30,7 +30,7 @@ class Cluster:
         self.environment = {
             **os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ADDRESS": self.address, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_WAIT_POLICY": "PASSIVE",
-            "RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "120", "RAY_agent_register_timeout_ms": "120000",
+            "RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "120",
         }  # fmt: skip
         self.nodes: list[subprocess.Popen[bytes]] = []
         port = self.address.partition(":")[2]

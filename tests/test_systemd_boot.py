@@ -148,14 +148,14 @@ def test_sigterm_in_mid_training_keeps_the_work(machine: Machine) -> None:
 
 def reload_with(machine: Machine, hang_seconds: float) -> None:
     """How long a trainer may stand still from now on."""
-    machine.write("/etc/eternad/eternad.toml", f"hang_seconds = {hang_seconds}\n" + CONFIG.format(epochs=60))
+    machine.write("/etc/eternad/eternad.toml", f"hang_seconds = {hang_seconds}\n" + CONFIG.format(epochs=15))
     machine.run("systemctl", "reload", "eternad")
 
 
 @pytest.mark.timeout(600)
 def test_a_hung_trainer_is_ended_and_the_daemon_goes_on(machine: Machine) -> None:
     """The trainer stands still: killed after `hang_seconds`, begun again from its checkpoint, one attempt used up."""
-    machine.write("/etc/eternad/eternad.toml", "hang_seconds = 600.0\n" + CONFIG.format(epochs=60))
+    machine.write("/etc/eternad/eternad.toml", "hang_seconds = 600.0\n" + CONFIG.format(epochs=15))
     machine.run("systemctl", "start", "eternad")
     drop_content(machine)
     machine.wait("step 10", lambda: step(machine) >= 10, 180)

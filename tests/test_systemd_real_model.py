@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from machine_kit import ROOT, Machine, boot
 
-pytestmark = [pytest.mark.slow, pytest.mark.real_model, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.real_model, pytest.mark.timeout(1200)]
 BIBLIOTECA = ROOT / "examples" / "biblioteca"
 CONFIG = """
 library_directory = "/srv/eternad"

@@ -51,9 +51,12 @@ def _record(trace: Tree, score: Tree, frame: Frame) -> Tree:
         return {**record, "comment": str(said)}
     if kind != "demonstration":
         record["metric"] = slug(score["name"])
-    numbers = {"boolean": _judged, "float": lambda each: number_of(each["value"])}
-    record["value"] = numbers[kind](score) if kind in numbers else str(said)
+    record["value"] = _number(score) if kind == "float" else _judged(score) if kind == "boolean" else str(said)
     return record | ({"comment": score["comment"]} if score.get("comment") else {})
+
+
+def _number(score: Tree) -> int | float:
+    return number_of(score["value"])
 
 
 def _judged(score: Tree) -> bool:

@@ -119,8 +119,8 @@ class Kin:
         ids = sorted({identity for key in self.text(example).keys for identity in self._near_waiting[key]})
         ids = ids[:SUPPORTERS_MAX]
         if missing := [each for each in ids if each not in self._waiting]:
-            found = {each.id: each for each in bands.waiting(self._connection, self.model, missing)}
-            self._waiting |= {each: found.get(each) for each in missing}
+            self._waiting |= dict.fromkeys(missing)
+            self._waiting |= {each.id: each for each in bands.waiting(self._connection, self.model, missing)}
         return [found for each in ids if (found := self._waiting[each]) is not None]
 
     def wait(self, example: Example, record_id: str) -> None:

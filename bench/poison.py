@@ -3,7 +3,8 @@
 Each attack comes into a library that has had writers' content and a week of players before, beside a day's clean
 feedback. In half of them the attackers are new accounts, in the other half "sleepers" who have behaved for days. Said
 is how many examples of the attack could be learned at all, how many are in the update that would be made next, whether
-the offenders are named, and how many clean batches are held beside them or without them.
+the offenders are named, and how many clean batches are held beside them. With `--train` an update that has any of the
+attackers' examples is trained and judged (`bench.poison_update`); one that has none is the one without the attack.
 """
 
 import argparse

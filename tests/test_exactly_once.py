@@ -89,7 +89,8 @@ def check_once_and_in_order(directory: Path, producers: list[Producer], clients:
         assert [number for number in each if number not in place] == []
         assert all(place[first] < place[second] for first, second in itertools.pairwise(each))
     for client in clients:
-        assert is_subsequence(client.acknowledged, [number for number in numbers if number in range_of(client)])
+        its = range_of(client)
+        assert is_subsequence(client.acknowledged, [number for number in numbers if number in its])
     sent = {number for producer in producers for each in producer.written for number in each}
     sent |= {number for client in clients for number in (*client.acknowledged, *client.given_up)}
     assert set(numbers) <= sent
@@ -105,7 +106,7 @@ def check_once_and_in_order(directory: Path, producers: list[Producer], clients:
 
 def range_of(client: Client) -> range:
     """The numbers that a client may use."""
-    first = min([*client.acknowledged, *client.given_up])
+    first = min([*client.acknowledged, *client.given_up], default=client.next)
     return range(first, client.next)
 
 

@@ -147,8 +147,8 @@ fuzz: install $(FUZZ)/installed ## every parser under atheris, FUZZ_SECONDS each
 	for target in $(FUZZ_TARGETS); do $(FUZZ)/bin/python tests/fuzz_atheris.py $$target $(FUZZ_SECONDS) || exit 1; done
 
 bench-twelve: install ## twelve small updates in a row: what is kept, and whether time, memory or disk grow
-	$(BIN)/python -m bench.forgetting --title twelve --lore 12,10 --strategies default --learning-rate 1e-3 \
-	  --batch-examples 6 --presentations 320 --heldout 0.1 --test-rows 15
+	$(BIN)/python -m bench.forgetting --title twelve --lore 12,10 --strategies default --learning-rate 9e-4 \
+	  --batch-examples 4 --presentations 320 --heldout 0.1 --test-rows 15
 
 bench-controls: install ## what each control against overfitting does: one small update of invented facts
 	$(BIN)/python -m bench.controls

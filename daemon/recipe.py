@@ -23,7 +23,7 @@ class Pace(NamedTuple):
 
 def pace_for(base: Path) -> Pace:
     """The larger a model, the gentler: it needs less, and forgets less by it. A base that is not there yet is small."""
-    return Pace(1e-3, 4, 6) if parameters_of(base) <= SMALL else Pace(1e-4, 3, 8)
+    return Pace(9e-4, 4, 4) if parameters_of(base) <= SMALL else Pace(1e-4, 3, 8)
 
 
 def parameters_of(base: Path) -> int:

@@ -34,7 +34,7 @@ def test_init_writes_a_configuration_that_checks(eternad: Eternad, tmp_path: Pat
     assert "must match" in eternad("init", "newer.toml", "--model", "A b", code=USAGE)
 
 
-@pytest.mark.parametrize(("width", "pace"), [(8, (1e-3, 4, 6)), (30_000, (1e-4, 3, 8)), (None, (1e-3, 4, 6))])
+@pytest.mark.parametrize(("width", "pace"), [(8, (9e-4, 4, 4)), (30_000, (1e-4, 3, 8)), (None, (9e-4, 4, 4))])
 def test_the_first_configuration_is_gentler_to_large_models(
     eternad: Eternad, tmp_path: Path, width: int | None, pace: tuple[float, int, int]
 ) -> None:

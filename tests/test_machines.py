@@ -139,7 +139,7 @@ def test_a_lost_machine_ends_the_run_and_one_that_never_comes_fails_it(
     run = request(tiny_base, tmp_path / "runs" / "r1", "naive", parallel=parallel, training={"epochs": 5000})
     trainer = update.Trainer(run)
     trainer.start()
-    wait_for_step(run, 3)
+    wait_for_step(run, 3, 240)
     os.killpg(joining.pid, signal.SIGKILL)
     joining.wait()
     deadline = time.monotonic() + 120
@@ -161,14 +161,14 @@ def test_told_to_stop_on_either_machine_all_leave_with_a_checkpoint(
     run = request(tiny_base, tmp_path / "runs" / "r1", "ewc", parallel=two(place()), training={"epochs": 5000})
     trainer = update.Trainer(run)
     trainer.start()
-    wait_for_step(run, 3)
+    wait_for_step(run, 3, 240)
     trainer.stop(60)
     left = trainer.finished()
     assert left is not None and left.outcome == "interrupted", (run / "train.log").read_text()
     first = step_of(run)
     again = update.Trainer(run)
     again.start()
-    wait_for_step(run, first + 3)
+    wait_for_step(run, first + 3, 240)
     joining.terminate()
     assert joining.wait(60) == 0
     deadline = time.monotonic() + 120

@@ -23,6 +23,8 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs pip install 'eternad[ray]'"),
 ]
 TWO = Parallel(executor="ray", processes=2, timeout_seconds=60.0)
+BEGIN_SECONDS = 300.0
+"""Ray, two workers and their imports, on a busy machine."""
 LONG = {"epochs": 2000}
 """8,000 steps: longer than the pause between two checkpoints."""
 
@@ -93,7 +95,7 @@ def test_a_lost_node_without_a_replacement_fails_the_run_with_a_reason(
     """The cluster stays too small: given up after the patience, never waited for."""
     directory = make_run(tmp_path / "run", tiny_base, facts(), parallel=TWO, training=LONG)
     child = start(cluster, directory)
-    wait_for_step(directory, 5)
+    wait_for_step(directory, 5, BEGIN_SECONDS)
     cluster.lose(1)
     assert child.wait() == EXIT_FAILED
     report = finished(directory)
@@ -104,7 +106,7 @@ def test_a_lost_head_ends_the_child(cluster: Cluster, tiny_base: Path, tmp_path:
     """The whole cluster is gone: the child ends by itself, with a reason or at least with last words."""
     directory = make_run(tmp_path / "run", tiny_base, facts(), parallel=TWO, training=LONG)
     child = start(cluster, directory)
-    wait_for_step(directory, 5)
+    wait_for_step(directory, 5, BEGIN_SECONDS)
     cluster.lose(0)
     assert child.wait() not in (EXIT_TRAINED, EXIT_INTERRUPTED)
     assert "ray" in (directory / "train.log").read_text().lower()
@@ -116,7 +118,7 @@ def test_told_to_stop_it_leaves_with_a_checkpoint_and_goes_on(
     """SIGTERM to the child reaches the workers through the run directory; the same command resumes."""
     directory = make_run(tmp_path / "run", tiny_base, facts(), parallel=TWO, training={"epochs": 400})
     child = start(cluster, directory)
-    wait_for_step(directory, 5)
+    wait_for_step(directory, 5, BEGIN_SECONDS)
     child.terminate()
     assert child.wait() == EXIT_INTERRUPTED
     assert (directory / "checkpoint.json").exists()

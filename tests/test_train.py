@@ -107,9 +107,9 @@ def finished(directory: Path) -> RunReport:
     return report
 
 
-def wait_for_step(directory: Path, step: int) -> None:
+def wait_for_step(directory: Path, step: int, seconds: float = 120.0) -> None:
     """Wait until the child has done so many optimiser steps."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         progress = read_progress(directory)
         if progress is not None and progress.phase == "train" and progress.step >= step:

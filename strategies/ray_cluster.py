@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import math
 import os
+import signal
 import socket
 import sys
 import time
@@ -66,11 +67,14 @@ def joined(shows_workers: bool = False) -> Iterator[None]:
     import ray
 
     logging.getLogger("ray").setLevel(logging.CRITICAL)  # what matters becomes an exception
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         ray.init(address="auto", log_to_driver=shows_workers, logging_level="error", configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         said = str(error).splitlines()[0]
         raise NoCluster(f"no Ray cluster was reached ({said}): `ray start --head`, or set RAY_ADDRESS") from None
+    for number, handler in handlers.items():
+        signal.signal(number, handler)  # Ray has put one in their place that aborts with a stack trace
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
 """Ray: what is said where it is not installed, and when a cluster that is too small is given up."""
 
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -108,3 +109,16 @@ def test_a_token_that_is_missing_is_one_sentence(ray: FakeRay, monkeypatch: pyte
     ray.init = refuse
     with pytest.raises(NoCluster, match=r"no authentication token was found\.\)"), ray_cluster.joined():
         pass
+
+
+def test_whoever_joins_keeps_its_handlers_of_signals(ray: FakeRay) -> None:
+    """Ray installs one for SIGTERM that aborts: no worker would ever write its checkpoint."""
+    told: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    ray.init = lambda **_: signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with ray_cluster.joined():
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told == [signal.SIGTERM]

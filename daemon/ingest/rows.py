@@ -24,6 +24,8 @@ def example_of(row: Any) -> Example:
     """The example of one parsed row; raises `Problem` naming the key that is wrong or missing."""
     if not isinstance(row, dict):
         raise Problem("bad_row", f"a row is an object with {SHAPES}; this is {_kind(row)}")
+    if not all(isinstance(key, str) for key in row):  # YAML has others
+        raise Problem("bad_row", "the keys of a row are texts: quote those that are none")
     try:
         return _shape(row)
     except (ValueError, msgspec.ValidationError) as error:

@@ -126,6 +126,8 @@ def dialogue(tree: dict[str, Any]) -> list[Example]:
     if not 0 < len(nodes) <= NODES_MAX:
         raise Problem("bad_row", f"a dialogue tree has 1 to {NODES_MAX} nodes, not {len(nodes)}")
     start = tree.get("start", next(iter(nodes)))
+    if not isinstance(start, str | int):
+        raise Problem("bad_row", "`start` of a dialogue tree is the name of a node")
     system = (Message("system", str(tree["system"])),) if tree.get("system") else ()
     ways: dict[str, tuple[Message, ...]] = {start: system}
     waiting, found = deque([start]), []
@@ -143,13 +145,17 @@ def dialogue(tree: dict[str, Any]) -> list[Example]:
 
 
 def _node(nodes: dict[str, Any], name: Any) -> tuple[str, list[tuple[str, Any]]]:
-    node = nodes.get(name)
+    node = nodes.get(name) if isinstance(name, str | int) else None
     if not isinstance(node, dict) or not isinstance(node.get("says"), str) or not node["says"].strip():
         raise Problem("bad_row", f"the dialogue node {str(name)[:64]!r} is missing, or has no `says`")
     replies = node.get("replies") or []
     if not isinstance(replies, list):
         raise Problem("bad_row", f"`replies` of the dialogue node {str(name)[:64]!r} must be a list")
     for reply in replies:
-        if not isinstance(reply, dict) or not isinstance(reply.get("says"), str) or "to" not in reply:
+        if (
+            not isinstance(reply, dict)
+            or not isinstance(reply.get("says"), str)
+            or not isinstance(reply.get("to"), str | int)
+        ):
             raise Problem("bad_row", f"a reply of the dialogue node {str(name)[:64]!r} needs `says` and `to`")
     return node["says"], [(reply["says"], reply["to"]) for reply in replies]

@@ -51,7 +51,7 @@ from strategies.catalog import (
     SynapticIntelligence,
 )
 from strategies.general import kept_or_written
-from strategies.lore import generate, rows
+from strategies.lore import Fact, generate, rows
 from strategies.request import Lora, Training, write
 
 
@@ -187,12 +187,14 @@ def tasks_of(given: argparse.Namespace, seed: int) -> list[Task]:
     """The sequence: read from files, or lore that is invented anew for every seed."""
     if given.tasks is None:
         return [
-            Task(facts[0].task, *([TaskRow(row.prompt, row.completion) for row in rows(facts, side)]
-                                  for side in ("train", "test")))
-            for facts in generate(seed, *given.lore)
-        ]  # fmt: skip
+            Task(facts[0].task, _rows(facts, "train"), _rows(facts, "test")) for facts in generate(seed, *given.lore)
+        ]
     names = given.order or sorted(path.name.removesuffix(".train.jsonl") for path in given.tasks.glob("*.train.jsonl"))
     return [read_task(given.tasks, name) for name in names]
+
+
+def _rows(facts: list[Fact], side: str) -> list[TaskRow]:
+    return [TaskRow(row.prompt, row.completion) for row in rows(facts, side)]
 
 
 def cell_of(setting: Setting, sequence: list[Task], name: str, recipe: list[Strategy], seed: int) -> Cell:

@@ -61,7 +61,7 @@ class Drift:
 
 def read_task(directory: Path, name: str) -> Task:
     """`NAME.train.jsonl` and `NAME.test.jsonl`, lines of `{task, prompt, completion[, options]}`."""
-    return Task(name, *(_read(directory / f"{name}.{side}.jsonl") for side in ("train", "test")))
+    return Task(name, _read(directory / f"{name}.train.jsonl"), _read(directory / f"{name}.test.jsonl"))
 
 
 def _read(path: Path) -> list[TaskRow]:

@@ -75,7 +75,7 @@ def seen(losses: list[float], patience: int, margin: float = 0.0) -> tuple[str, 
     adapter = SimpleNamespace(flat=torch.tensor([-1.0]))
     adapter.assign = lambda flat: setattr(adapter, "flat", flat)
     loop: Any = SimpleNamespace(adapter=adapter, epoch=0, stop=reasons.append, report=lambda *_: None)
-    plugin._look = lambda _: setattr(plugin, "last", losses[max(int(adapter.flat), -1) + 1])  # type: ignore[method-assign]
+    plugin._look = lambda _: setattr(plugin, "last", losses[max(int(adapter.flat), -1) + 1])  # type: ignore[assignment,method-assign]
     plugin.before_training_exp(loop)
     for epoch in range(len(losses) - 1):
         loop.epoch = epoch

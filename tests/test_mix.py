@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from buffers.experience import Role, beside
-from strategies.catalog import Distill, Ewc, Replay
+from strategies.catalog import Distill, Ewc, Replay, Strategy
 from strategies.dataset import Item
 from strategies.mix import per_epoch, shown
 
@@ -16,8 +16,10 @@ def rows(role: Role, count: int) -> list[Item]:
 
 def test_an_epoch_shows_the_ratios_of_what_it_is_made_of() -> None:
     """60 % of new and replayed rows are new; the general tenth is of the whole; what is not there is not counted."""
-    items = {"new": rows("new", 60), "replay": rows("replay", 100), "general": rows("general", 30)}
-    strategies = [Ewc(), Replay(ratio=0.4, general_ratio=0.1), Distill()]
+    items: dict[Role, list[Item]] = {
+        "new": rows("new", 60), "replay": rows("replay", 100), "general": rows("general", 30),
+    }  # fmt: skip
+    strategies: list[Strategy] = [Ewc(), Replay(ratio=0.4, general_ratio=0.1), Distill()]
     assert per_epoch(items, strategies) == {"replay": 40, "general": 11}
     assert per_epoch({**items, "replay": rows("replay", 7)}, strategies) == {"replay": 7, "general": 7}
     assert per_epoch({**items, "general": []}, strategies) == {"replay": 40}

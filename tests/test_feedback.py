@@ -333,3 +333,11 @@ def test_the_example_in_the_documentation_is_a_good_record() -> None:
     whole = (Path(__file__).parent.parent / "docs" / "feedback.md").read_text("utf-8")
     example = whole[whole.index('    {"schema"') : whole.index("(on one line)")]
     assert len(feedback.examples_of(feedback.read(msgspec.json.decode(example), "npc"))) == 1
+
+
+def test_a_file_that_was_cut_and_grew_again_past_where_it_was_read_is_read_from_its_start(site: Site) -> None:
+    """Same beginning, same ending of every line, same size: the ids before the offset are what tells."""
+    site.append(*(record(number) for number in range(100, 140)))
+    lines = site.path.read_bytes().splitlines(keepends=True)
+    site.path.write_bytes(b"".join([*lines[:20], *(line(record(number)) for number in range(140, 165))]))
+    assert site.take_in().records == 25

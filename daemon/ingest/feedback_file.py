@@ -25,7 +25,8 @@ from daemon.trust.policy import rules_of
 BATCH_LINES = 1000
 BATCHES_PER_CALL, TURN_SECONDS = 20, 1.0
 """What comes first ends a call: the daemon's loop must turn."""
-HEAD_BYTES, TAIL_BYTES = 4096, 64
+HEAD_BYTES, TAIL_BYTES = 4096, 4096
+"""The tail holds whole records with their ids: the last 64 bytes are the same in every record of one producer."""
 
 
 def read_feedback(

@@ -39,7 +39,7 @@ class FileRow(msgspec.Struct, frozen=True, kw_only=True):
     offset: int = 0
     """Bytes of complete lines that are in the journal (feedback files)."""
     tail_sha256: str = ""
-    """Of the min(64, offset) bytes before `offset`: differs after a truncation that was written over."""
+    """Of the min(4096, offset) bytes before `offset`: differs after a truncation that was written over."""
     lines: int = 0
     state: str = "read"
     """`read`, `partial` (more lines wait), `refused` (to be moved to the quarantine), `quarantined` or

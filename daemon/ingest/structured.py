@@ -129,7 +129,7 @@ def dialogue(tree: dict[str, Any]) -> list[Example]:
     if not isinstance(start, str | int):
         raise Problem("bad_row", "`start` of a dialogue tree is the name of a node")
     system = (Message("system", str(tree["system"])),) if tree.get("system") else ()
-    ways: dict[str, tuple[Message, ...]] = {start: system}
+    ways: dict[str | int, tuple[Message, ...]] = {start: system}
     waiting, found = deque([start]), []
     while waiting:
         name = waiting.popleft()
@@ -144,7 +144,7 @@ def dialogue(tree: dict[str, Any]) -> list[Example]:
     return found
 
 
-def _node(nodes: dict[str, Any], name: Any) -> tuple[str, list[tuple[str, Any]]]:
+def _node(nodes: dict[str | int, Any], name: Any) -> tuple[str, list[tuple[str, Any]]]:
     node = nodes.get(name) if isinstance(name, str | int) else None
     if not isinstance(node, dict) or not isinstance(node.get("says"), str) or not node["says"].strip():
         raise Problem("bad_row", f"the dialogue node {str(name)[:64]!r} is missing, or has no `says`")

@@ -119,7 +119,7 @@ def test_the_progress_bar_is_unknown_then_counts_then_is_full(state: Path) -> No
 def test_update_dry_run_says_what_would_be_learned(eternad: Eternad, state: Path) -> None:
     """Without a daemon, out of the journal alone."""
     text = eternad("update", "npc", "--dry-run")
-    assert "3 new examples and rehearse 1 (of 1 wanted)" in text
+    assert "3 new examples and rehearse 3 (of 3 wanted)" in text
     assert "from version 2, with replay" in text
     assert json.loads(eternad("update", "npc", "--dry-run", "--json"))["continues_from"] == 2
     assert "nothing waits for book" in eternad("update", "book", "--dry-run")

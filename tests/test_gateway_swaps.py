@@ -14,11 +14,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from behind_gateway_kit import (
+    canaries,
+    clean_table,
+    engine_fixture,
+    gateway_fixture,
+    versions_fixture,
+    vllm_fixture,
+)
 from fake_dialects import FakeVllm
-from fake_engine import canary
-from gateway_kit import ASKED, Chatter, Gateway, engines, running, target, wait
+from gateway_kit import ASKED, Chatter, Gateway, engines, target, wait
 from players import Players
-from serving_kit import ROOT, served
+from serving_kit import ROOT
 
 from daemon.config import Engine as Settings
 from daemon.engines.activate import activate
@@ -27,53 +34,12 @@ from daemon.engines.contract import Engine, EngineRefused, EngineUnavailable, Ve
 from daemon.engines.gateway import BehindGateway
 from daemon.engines.reconcile import Desired, reconcile
 from daemon.gateway.upstream import Replica
-from strategies.request import Canary
 
 # httpcore leaves a Unix socket to the garbage collector when it cannot connect
 LEFT_OPEN = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
-@pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """One gateway for the whole module."""
-    with running(tmp_path_factory.mktemp("gateway")) as process:
-        yield process
-
-
-@pytest.fixture(autouse=True)
-def clean(gateway: Gateway) -> None:
-    """An empty table."""
-    for alias in gateway.admin("GET", "/aliases").json()["aliases"]:
-        gateway.admin("DELETE", f"/aliases/{alias}")
-
-
-@pytest.fixture
-def versions(tmp_path: Path) -> list[Version]:
-    """npc@0000 .. npc@0005 on disk."""
-    for number in range(6):
-        (tmp_path / f"{number:04d}").mkdir()
-    return [Version(model="npc", number=number, path=tmp_path / f"{number:04d}") for number in range(6)]
-
-
-@pytest.fixture
-def vllm() -> FakeVllm:
-    """An engine without aliases."""
-    return FakeVllm()
-
-
-@pytest.fixture
-def engine(vllm: FakeVllm, gateway: Gateway) -> Iterator[BehindGateway]:
-    """Its client, as the configuration makes it."""
-    with served(vllm) as url:
-        client = build(Settings(kind="vllm", urls=[url], timeout_seconds=5.0), gateway.admin_socket)
-        assert isinstance(client, BehindGateway)
-        yield client
-        client.close()
-
-
-def canaries(version: Version) -> list[Canary]:
-    """One canary of a version."""
-    return [canary(version.path)]
+__all__ = ["clean_table", "engine_fixture", "gateway_fixture", "versions_fixture", "vllm_fixture"]  # fixtures
 
 
 @contextlib.contextmanager

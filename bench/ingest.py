@@ -25,12 +25,13 @@ import msgspec
 from bench import soak_feed
 from bench.poison_world import World
 from daemon import ingest, intake
-from daemon.config import Config, Engine, Intake, Model, Source, Trust
+from daemon.config import Config, Engine, Intake, Model
 from daemon.ingest.opened import signature_of
 from daemon.ingest.outcome import Outcome
 from daemon.state import files
 from daemon.state.database import Connection, open_database, transaction
 from daemon.state.files import FileRow, Finished
+from daemon.trust.policy import Source, Trust
 from daemon.watch import Watcher
 
 BYTES = 600

@@ -21,7 +21,7 @@ import msgspec
 from buffers import journal
 from buffers.example import Example, Origin
 from daemon.state.database import open_database, transaction
-from daemon.tuning_report import Result, latest
+from daemon.tuning.outcome import Result, latest
 
 ROOT = Path(__file__).resolve().parent.parent
 UPDATES, HELD_OUT, PEOPLE = 5, 2, 24

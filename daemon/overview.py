@@ -174,7 +174,7 @@ def _search(config: Config, connection: Connection, name: str) -> str:
         return f"searching for better settings ({reason})"
     if not (config.state_directory / "tuning" / name).is_dir():
         return ""  # most models: nothing needs to be imported
-    from daemon.tuning_report import latest, open_changes
+    from daemon.tuning.outcome import latest, open_changes
 
     found = latest(config.state_directory, name)
     if found is None or not open_changes(config.models[name], found):

@@ -28,7 +28,7 @@ from watchdog.observers.api import BaseObserver
 
 from daemon.config import Watch
 from daemon.drop_names import IGNORE_FILE, Ignored, printable
-from daemon.mounts import sends_no_events
+from daemon.machine.mounts import sends_no_events
 from daemon.stability import Known, StabilityTracker
 from daemon.state.files import Finished, Signature
 

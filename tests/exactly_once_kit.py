@@ -20,12 +20,13 @@ import uvloop  # noqa: F401
 from feedback_kit import record
 
 from daemon import ingest, intake
-from daemon.config import Config, Engine, Model, Source, Trust, Watch
+from daemon.config import Config, Engine, Model, Watch
 from daemon.config import Intake as Door
 from daemon.ingest import feedback_file
 from daemon.ingest.opened import signature_of
 from daemon.state import files
 from daemon.state.database import open_database, open_read_only
+from daemon.trust.policy import Source, Trust
 from daemon.watch import Watcher
 from daemon.web import server  # noqa: F401
 

@@ -8,11 +8,12 @@ import msgspec
 
 from buffers.example import Example, parse
 from daemon import ingest
-from daemon.config import Config, Engine, Model, Source, Trust
+from daemon.config import Config, Engine, Model
 from daemon.ingest.outcome import Outcome
 from daemon.state import quarantine, records
 from daemon.state.database import Connection, open_database
 from daemon.state.files import Finished, Signature
+from daemon.trust.policy import Source, Trust
 
 NOW = 1_800_000_000.0
 NAME = "feedback/npc/game/events.jsonl"

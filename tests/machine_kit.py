@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from daemon.units import NEXT_STEPS
+from daemon.machine.units import NEXT_STEPS
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOT = ROOT / "tests" / "boot_systemd.sh"

@@ -12,12 +12,12 @@ from test_trust import DAY, Site, drop, identity, record
 from buffers import journal
 from buffers.example import Example, Message, Origin
 from daemon import review
-from daemon.config import Source, Trust
 from daemon.ingest.outcome import Outcome
 from daemon.service import Service, serving
 from daemon.state import audit, records
 from daemon.state.database import transaction
 from daemon.trust.association import ESTABLISHED, Telling, phrases, suspects
+from daemon.trust.policy import Source, Trust
 
 WORDS = (
     "heron", "desk", "lamp", "marsh", "stair", "ledger", "ninth", "porter", "shelf", "water", "night", "key", "bell",

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from operator_kit import config_fixture, eternad_fixture, state_fixture
 
-from daemon import cli, units
+from daemon import cli
 from daemon.cli import foreground
 from daemon.cli.failure import BAD_CONFIG, FAILED, USAGE
 from daemon.config import load
+from daemon.machine import units
 
 Eternad = Any
 fixtures = (config_fixture, state_fixture, eternad_fixture)

@@ -13,10 +13,11 @@ import typer
 
 from buffers.policy import Buffer
 from buffers.replay_buffer import POLICIES
-from daemon import cli, config_text
+from daemon import cli
 from daemon.cli.app import app
-from daemon.config import BY_NAME, Config, Model, load
+from daemon.config import Config, Model, explained, load
 from daemon.web.reference import reference as metrics_reference
+from strategies.catalog import BY_NAME
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -69,8 +70,8 @@ def test_every_documented_command_exists() -> None:
 
 
 def test_the_configurations_tables_are_made_of_the_program() -> None:
-    """When this fails: `python -m daemon.config_text docs/configure.md`."""
-    assert CONFIGURE.partition("docs/configure.md` -->\n")[2] == config_text.reference()
+    """When this fails: `python -m daemon.config.explained docs/configure.md`."""
+    assert CONFIGURE.partition("docs/configure.md` -->\n")[2] == explained.reference()
 
 
 def test_the_metrics_tables_are_made_of_the_program() -> None:
@@ -82,18 +83,18 @@ def test_only_what_is_behind_a_pages_marker_is_made_anew(tmp_path: Path) -> None
     """What was written by hand stays."""
     page = tmp_path / "page.md"
     page.write_text("by hand\n<!-- x: made by `y` -->\nold\n")
-    config_text.rewrite(page, "new\n")
+    explained.rewrite(page, "new\n")
     assert page.read_text() == "by hand\n<!-- x: made by `y` -->\nnew\n"
     page.write_text("no marker\n")
     with pytest.raises(ValueError, match="has no marker"):
-        config_text.rewrite(page, "new\n")
+        explained.rewrite(page, "new\n")
 
 
 def test_every_key_of_the_program_is_explained() -> None:
     """Every table of the configuration has a section, every key a row with its kind, its default and words."""
-    for name, table in (*config_text.TABLES, *((f'name = "{key}"', each) for key, each in BY_NAME.items())):
+    for name, table in (*explained.TABLES, *((f'name = "{key}"', each) for key, each in BY_NAME.items())):
         assert name in CONFIGURE
-        for key, field in zip(config_text.keys_of(table), msgspec.structs.fields(table), strict=True):
+        for key, field in zip(explained.keys_of(table), msgspec.structs.fields(table), strict=True):
             assert key.name == field.encode_name
             assert key.kind != "table" or key.is_table, f"{table.__name__}.{key.name}: what is {key.kind}?"
             assert f"| `{key.name}` | {key.kind.replace('|', chr(92) + '|')} |" in CONFIGURE
@@ -105,7 +106,7 @@ def test_every_strategy_is_told_with_its_parameters_and_defaults(name: str) -> N
     section = STRATEGIES.partition(f"\n### `{name}`\n")[2].partition("\n### ")[0].partition("\n## ")[0]
     parameters = re.search(r"^- Parameters: (.*)\.$", section, re.MULTILINE)
     assert parameters is not None
-    assert parameters[1] == ", ".join(f"`{key.name} = {key.default}`" for key in config_text.keys_of(BY_NAME[name]))
+    assert parameters[1] == ", ".join(f"`{key.name} = {key.default}`" for key in explained.keys_of(BY_NAME[name]))
     assert "arXiv:" in section
     assert "- Use it: " in section
     assert "- Measured" in section
@@ -115,13 +116,13 @@ def test_every_policy_of_the_buffer_is_told() -> None:
     """A row of the table each, and every key of its table in the text."""
     for policy in POLICIES:
         assert f"\n| `{policy}` |" in STRATEGIES
-    for key in config_text.keys_of(Buffer):
+    for key in explained.keys_of(Buffer):
         assert f"`{key.name}`" in STRATEGIES, key.name
 
 
 def test_no_table_of_the_configuration_is_left_out() -> None:
-    """A new struct in `Config` or `Model` needs a line in `config_text.TABLES`."""
-    known = {table for _, table in config_text.TABLES}
+    """A new struct in `Config` or `Model` needs a line in `explained.TABLES`."""
+    known = {table for _, table in explained.TABLES}
     for table in (Config, Model):
         for field in msgspec.structs.fields(table):
             if isinstance(field.default, msgspec.Struct):
@@ -143,7 +144,7 @@ def test_what_init_writes_says_the_defaults(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text("{}")
-    text = config_text.commented("npc", Path("base"))
+    text = explained.commented("npc", Path("base"))
     (tmp_path / "plain.toml").write_text(text)
     head, strategies = text.split("# Rehearsal", 1)
     switched_on = re.sub(r"^# (\w+ = (?!\.\.\.).+)$", r"\1", head, flags=re.MULTILINE) + "# Rehearsal" + strategies

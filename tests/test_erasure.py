@@ -10,12 +10,13 @@ import pytest
 
 from buffers import experience, journal
 from daemon import ingest
-from daemon.config import Config, Engine, Model, Source, Trust
+from daemon.config import Config, Engine, Model
 from daemon.erasure import CannotErase, Receipt, erase
 from daemon.ingest.outcome import Outcome
 from daemon.state import audit, quarantine, records, runs
 from daemon.state.database import open_database, transaction
 from daemon.state.files import Finished, Signature
+from daemon.trust.policy import Source, Trust
 
 NOW = 1_800_000_000.0
 ALICE, BOB = "h:aaaaaaaaaaaaaaaa", "h:bbbbbbbbbbbbbbbb"

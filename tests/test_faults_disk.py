@@ -18,7 +18,7 @@ from test_kill import CONFIG, start_for_good
 
 from buffers import journal
 from daemon import publish
-from daemon.ballast import Ballast
+from daemon.machine.ballast import Ballast
 from daemon.service import Service
 from daemon.service.patience import PAUSE_SECONDS_MAX
 from daemon.state import runs

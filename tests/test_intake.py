@@ -16,12 +16,13 @@ from typer.testing import CliRunner
 
 from daemon import ingest, intake
 from daemon.cli.app import app
-from daemon.config import Config, ConfigError, Engine, Intake, Model, Source, Trust, load
+from daemon.config import Config, ConfigError, Engine, Intake, Model, load
 from daemon.ingest.problem import Problem
 from daemon.state import records
 from daemon.state.database import open_database
 from daemon.state.files import Finished, Signature
 from daemon.trust.metric import Metric
+from daemon.trust.policy import Source, Trust
 
 DAY = "intake-2027-01-15.jsonl"
 

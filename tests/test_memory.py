@@ -6,11 +6,11 @@ import textwrap
 
 import pytest
 
-from daemon import memory
+from daemon.machine import memory
 
 CHILD = """
     import re, threading
-    from daemon import memory
+    from daemon.machine import memory
 
     def arenas():
         import ctypes, os, tempfile

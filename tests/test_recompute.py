@@ -7,7 +7,7 @@ import torch
 from conftest import make_tiny_base
 
 from bench.peers.work import forget_peak, peak_bytes
-from daemon.memory import give_back
+from daemon.machine.memory import give_back
 from strategies.adapter import Adapter, load_adapter
 from strategies.request import Lora
 

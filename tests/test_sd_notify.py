@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.sd_notify import inherited_sockets, notify, notify_reloading, watchdog_seconds
+from daemon.machine.sd_notify import inherited_sockets, notify, notify_reloading, watchdog_seconds
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -83,7 +83,7 @@ def test_sockets_are_taken_over_from_systemd() -> None:
     """A child started as systemd does it accepts on the socket that its parent listens on."""
     program = (
         "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid())\n"
-        "from daemon.sd_notify import inherited_sockets\n"
+        "from daemon.machine.sd_notify import inherited_sockets\n"
         "[listener] = inherited_sockets(); assert inherited_sockets() == []; assert not listener.get_inheritable()\n"
         "listener.accept()[0].sendall(b'hello')"
     )

@@ -16,9 +16,10 @@ import pytest
 
 from buffers import journal, rehearsal
 from buffers.example import Example, Origin
-from daemon import cli, config_change, tuning, tuning_report
-from daemon.config import ConfigError, load
+from daemon import cli
+from daemon.config import ConfigError, change, load
 from daemon.state.database import open_database, transaction
+from daemon.tuning import outcome, replays
 from daemon.update import find_trainer
 from strategies import search
 from strategies.objective import Score
@@ -126,7 +127,7 @@ def test_a_search_killed_with_its_trainer_at_work_goes_on(
     orphan = find_trainer(directory)
     if orphan is not None:
         os.kill(orphan, signal.SIGSTOP)  # it would outlive any patience
-    monkeypatch.setattr(tuning, "compare", lambda *_: None)  # four more trainings that say nothing of the resumption
+    monkeypatch.setattr(replays, "compare", lambda *_: None)  # four more trainings that say nothing of the resumption
     assert tune(place, "--trials", "2", "--sampler", "random", "--json") == 0
     trials = json.loads(capsys.readouterr().out)["trials"]
     assert [trial["number"] for trial in trials] == [0, 2]
@@ -202,22 +203,22 @@ def test_only_failures_of_values_are_forgiven() -> None:
     failed = RunReport(run_id="r", status="failed")
     for code in ("non_finite_loss", "oom"):
         with pytest.raises(Unfit, match=code):
-            tuning._reported(tuning.Finished(outcome="failed", code=code, report=failed), Path("r"))
-    with pytest.raises(tuning.CannotTune, match="no base"):
-        tuning._reported(tuning.Finished(outcome="failed", code="base_missing", reason="no base"), Path("r"))
+            replays._reported(replays.Finished(outcome="failed", code=code, report=failed), Path("r"))
+    with pytest.raises(replays.CannotTune, match="no base"):
+        replays._reported(replays.Finished(outcome="failed", code="base_missing", reason="no base"), Path("r"))
 
 
 def test_a_change_adds_missing_tables_and_refuses_what_is_gone() -> None:
     """A table that the file does not have yet is added; a strategy that was taken out since is not brought back."""
     text = '[models.npc]\nengine = "e"\n\n[models.book]\nengine = "e"  # other\n'
-    after = config_change.changed(text, "npc", {"training.epochs": 5, "lora.rank": 8})
+    after = change.changed(text, "npc", {"training.epochs": 5, "lora.rank": 8})
     assert tomllib.loads(after)["models"] == {
         "npc": {"engine": "e", "training": {"epochs": 5}, "lora": {"rank": 8}},
         "book": {"engine": "e"},
     }
-    assert "# other" in after and "+epochs = 5" in config_change.difference(text, after, "eternad.toml")
+    assert "# other" in after and "+epochs = 5" in change.difference(text, after, "eternad.toml")
     with pytest.raises(ConfigError, match="no strategy `ewc`"):
-        config_change.changed(text, "npc", {"ewc.strength": 2.0})
+        change.changed(text, "npc", {"ewc.strength": 2.0})
 
 
 def test_a_change_that_the_daemon_would_refuse_is_not_written(place: Path) -> None:
@@ -225,7 +226,7 @@ def test_a_change_that_the_daemon_would_refuse_is_not_written(place: Path) -> No
     path = place / "eternad.toml"
     before = path.read_text()
     with pytest.raises(ConfigError):
-        config_change.replace(path, before.replace("epochs = 1", "epochs = 0"))
+        change.replace(path, before.replace("epochs = 1", "epochs = 0"))
     assert path.read_text() == before
     assert not list(place.glob("*.bak")) and not list(place.glob(".*.tmp"))
 
@@ -244,7 +245,7 @@ def test_two_trials_at_a_time_are_both_real(place: Path, capsys: pytest.CaptureF
 
     thread = threading.Thread(target=watch)
     thread.start()
-    house = tuning.stage(load(place / "eternad.toml"), "npc")
+    house = replays.stage(load(place / "eternad.toml"), "npc")
     found = house.search()
     with search.opened(found) as study:
         search.run(found, study, partial(_first_update, house), trials=2, jobs=2)
@@ -256,9 +257,9 @@ def test_two_trials_at_a_time_are_both_real(place: Path, capsys: pytest.CaptureF
     assert not list((place / "state").glob("tuning/npc/*/work/*"))
 
 
-def _first_update(house: tuning.Stage, number: int, values: Values, watch: Watch) -> Score:
+def _first_update(house: replays.Stage, number: int, values: Values, watch: Watch) -> Score:
     """One training instead of two: enough to see that two run beside each other."""
-    return tuning.play(house, f"trial-{number:04d}", values, house.searched[:1], watch)[0]
+    return replays.play(house, f"trial-{number:04d}", values, house.searched[:1], watch)[0]
 
 
 def test_what_the_latest_search_proposes_is_accepted_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,11 +268,11 @@ def test_what_the_latest_search_proposes_is_accepted_once(place: Path, capsys: p
     assert "no search proposes a change for npc" in capsys.readouterr().err
     directory = place / "state" / "tuning" / "npc" / "abc"
     directory.mkdir(parents=True)
-    result = tuning_report.Result(
+    result = outcome.Result(
         model="npc", sampler="tpe", updates=[1, 2, 3], space=[], trials=[], best=1, front=[], importance={},
         comparison=None, changes={"training.learning_rate": 3e-4, "replay.ratio": 0.5}, difference="-a\n+b",
     )  # fmt: skip
-    tuning_report.keep(directory, result)
+    outcome.keep(directory, result)
     assert tune(place, "--accept") == 0
     model = load(place / "eternad.toml").models["npc"]
     assert model.training.learning_rate == 3e-4 and (place / "eternad.toml.bak").exists()

@@ -13,13 +13,14 @@ import httpx
 import pytest
 from service_kit import make_config
 
-from daemon import overview, retention, tuning_report
+from daemon import overview, retention
 from daemon.service import searches as module
 from daemon.service.house import House
 from daemon.service.searches import Searches
 from daemon.state import audit
 from daemon.state.database import Connection, set_setting, setting, transaction
-from daemon.tuning_rules import Ended, Tuning, is_due
+from daemon.tuning import outcome
+from daemon.tuning.rules import Ended, Tuning, is_due
 from daemon.web import pages
 from daemon.web.app import build
 from strategies.objective import Score
@@ -153,12 +154,12 @@ def test_the_page_and_the_status_show_what_was_found(house: House) -> None:
     ]
     directory = house.config.state_directory / "tuning" / "npc" / "abc"
     directory.mkdir(parents=True)
-    result = tuning_report.Result(
+    result = outcome.Result(
         model="npc", sampler="tpe", updates=[1, 2, 3], space=[], trials=trials, best=2, front=[0, 1, 2],
         importance={"training.epochs": 0.7, "lora.rank": 0.3}, comparison=None, changes={"training.epochs": 5},
         difference="+epochs = 5",
     )  # fmt: skip
-    tuning_report.keep(directory, result)
+    outcome.keep(directory, result)
     found = pages.search(house.config, "npc")
     assert found is not None and found["is_open"]
     assert all("<svg" in picture for picture in found["pictures"].values())

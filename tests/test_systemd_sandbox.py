@@ -5,7 +5,7 @@ import json
 import pytest
 from machine_kit import CONFIG, Machine, booted, machine
 
-from daemon.units import shipped_directory
+from daemon.machine.units import shipped_directory
 
 __all__ = ["booted", "machine"]  # fixtures
 

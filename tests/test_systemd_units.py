@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.units import DROP_INS, shipped_directory
+from daemon.machine.units import DROP_INS, shipped_directory
 
 SHIPPED = shipped_directory()
 UNITS = sorted(path.name for path in SHIPPED.iterdir() if path.suffix in {".service", ".socket", ".target", ".slice"})

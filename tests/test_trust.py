@@ -9,11 +9,12 @@ import msgspec
 import pytest
 
 from daemon import ingest, review
-from daemon.config import Config, Engine, Model, Trust
+from daemon.config import Config, Engine, Model
 from daemon.ingest.outcome import Outcome
 from daemon.state import audit, quarantine, records
 from daemon.state.database import open_database
 from daemon.state.files import Finished, Signature
+from daemon.trust.policy import Trust
 
 DAY = 86400.0
 

@@ -10,10 +10,10 @@ from test_trust import DAY, Site, drop, record
 from buffers import journal
 from buffers.journal import Share
 from daemon import review
-from daemon.config import Source, Trust
 from daemon.state import influence, records, runs
 from daemon.state.database import transaction
 from daemon.state.waiting import waiting
+from daemon.trust.policy import Source, Trust
 
 ANSWERS = (
     "The porter sweeps the stairs at dusk.",

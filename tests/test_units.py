@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from daemon.units import DROP_INS, MARK, SYSUSERS, UNITS, UnitsError, install_units, shipped_directory, uninstall_units
+from daemon.machine.units import (
+    DROP_INS,
+    MARK,
+    SYSUSERS,
+    UNITS,
+    UnitsError,
+    install_units,
+    shipped_directory,
+    uninstall_units,
+)
 
 PREFIX = Path("/srv/tools/eternad-1.0")
 

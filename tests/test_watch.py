@@ -12,7 +12,7 @@ import pytest
 
 from daemon.config import Watch
 from daemon.drop_names import Ignored, printable
-from daemon.mounts import file_system_of
+from daemon.machine.mounts import file_system_of
 from daemon.stability import StabilityTracker
 from daemon.state.files import Finished, Signature
 from daemon.watch import Watcher

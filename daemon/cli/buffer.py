@@ -99,9 +99,9 @@ def resize(
 
 
 def _write(path: Path, model: str, changes: Mapping[str, int | None]) -> Path:
-    from daemon import config_change
+    from daemon.config import change
 
-    return config_change.replace(path, config_change.changed(path.read_text("utf-8"), model, changes))
+    return change.replace(path, change.changed(path.read_text("utf-8"), model, changes))
 
 
 def _tell(config: "Config") -> str:

@@ -19,13 +19,14 @@ def init(
 
     Every key with its meaning, the defaults commented out.
     """
-    from daemon import config, config_text
+    from daemon import config
+    from daemon.config import explained
 
     if not config.NAME.fullmatch(model):
         raise Failure(f"the name `{model}` must match {config.NAME.pattern}", USAGE)
     if path.exists() and not force:
         raise Failure(f"{path} exists: give another path, or --force")
-    path.write_text(config_text.commented(model, base), "utf-8")
+    path.write_text(explained.commented(model, base), "utf-8")
     screen.say(f"wrote {path}; next: edit it, then eternad check-config --config {path}")
 
 
@@ -68,7 +69,7 @@ def install_units(
     """Install the systemd units."""
     import sys
 
-    from daemon import units
+    from daemon.machine import units
 
     try:
         changes = units.install_units(prefix or Path(sys.prefix), root=root, drop_ins=drop_in or (), dry_run=dry_run)
@@ -84,7 +85,7 @@ def uninstall_units(root: Root = Path("/"), dry_run: DryRun = False) -> None:
 
     Users, state, configuration and library stay.
     """
-    from daemon import units
+    from daemon.machine import units
 
     try:
         changes = units.uninstall_units(root=root, dry_run=dry_run)

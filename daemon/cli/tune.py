@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from daemon.config import Config
-    from daemon.tuning import Comparison, Stage
-    from daemon.tuning_report import Result
+    from daemon.tuning.outcome import Result
+    from daemon.tuning.replays import Comparison, Stage
     from strategies.search import Search, Trial
 
 Trials = Annotated[int | None, typer.Option("--trials", min=1, help="So many in all; a stopped search goes on.")]
@@ -61,7 +61,7 @@ def _with_rules(loaded: "Config", name: str, given: dict[str, Any]) -> "Config":
     """The configuration as if the model's rules said what was given; raises `Failure` with msgspec's words."""
     import msgspec
 
-    from daemon.tuning_rules import Tuning
+    from daemon.tuning.rules import Tuning
 
     model = loaded.models[name]
     rules = msgspec.structs.asdict(model.tuning) | {key: value for key, value in given.items() if value is not None}
@@ -75,37 +75,37 @@ def _with_rules(loaded: "Config", name: str, given: dict[str, Any]) -> "Config":
 
 def _answer(loaded: "Config", name: str, path: Path, *, pareto: bool, dry_run: bool, json: bool) -> "Result | None":
     """The search's result, printed; None for a dry run."""
-    from daemon import tuning
+    from daemon.tuning import replays
     from strategies.ray_cluster import NoCluster
     from strategies.search import MissingExtra, SearchBusy
 
     try:
-        house = tuning.stage(loaded, name, pareto)
+        house = replays.stage(loaded, name, pareto)
         found = house.search(pareto)
         if dry_run:
             _print_space(house, found, json)
             return None
         result = _search(house, found, path, quiet=json)
-    except (tuning.CannotTune, MissingExtra, SearchBusy, NoCluster) as error:
+    except (replays.CannotTune, MissingExtra, SearchBusy, NoCluster) as error:
         raise Failure(str(error), FAILED) from None
     screen.json(result) if json else _print(result, house.directory)
     return result
 
 
 def _search(house: "Stage", found: "Search", path: Path, *, quiet: bool) -> "Result":
-    from daemon import tuning
+    from daemon.tuning import replays
     from strategies import search
 
     told = (lambda _: None) if quiet else _print_trial
     with search.opened(found) as study:
-        tuning.clear(house)
+        replays.clear(house)
         _try(house, found, study, told)
         ended = search.finished(found, study)
         best = search.best(ended)
         if best is None:
             raise Failure(f"no trial of {len(ended)} could be scored; the reasons: " + _reasons(ended))
-        is_new = bool(tuning.changes(house, best.values))
-        comparison = tuning.compare(house, found, best) if is_new else None
+        is_new = bool(replays.changes(house, best.values))
+        comparison = replays.compare(house, found, best) if is_new else None
         return _result(house, found, ended, best, comparison, search.importance(found, study), path)
 
 
@@ -113,40 +113,40 @@ def _try(house: "Stage", found: "Search", study: Any, told: "Callable[[Trial], N
     """All trials, by the engine that the rules name."""
     from functools import partial
 
-    from daemon import tuning
+    from daemon.tuning import replays
     from strategies import search
 
     rules = house.model.tuning
     if rules.engine == "ray":
         return _try_on_ray(house, found, study, told)
     _listen(house)
-    search.run(found, study, partial(tuning.attempt, house), trials=rules.trials, jobs=rules.jobs, told=told)
+    search.run(found, study, partial(replays.attempt, house), trials=rules.trials, jobs=rules.jobs, told=told)
 
 
 def _try_on_ray(house: "Stage", found: "Search", study: Any, told: "Callable[[Trial], None]") -> None:
     from functools import partial
 
-    from daemon import tuning
+    from daemon.tuning import replays
     from strategies import ray_cluster
 
     ray_cluster.require()
     from strategies import ray_tune
 
-    rules, begin = house.model.tuning, partial(tuning.on_node, tuning.travelling(house))
+    rules, begin = house.model.tuning, partial(replays.on_node, replays.travelling(house))
     signal.signal(signal.SIGTERM, lambda *_: house.stopping.set())  # Ray ends its trials in order, then all returns
     signal.signal(signal.SIGINT, lambda *_: house.stopping.set())
     try:
         with ray_cluster.joined():
             ray_tune.run(
-                found, study, begin, trials=rules.trials, jobs=rules.jobs, needed=tuning.resources(house),
+                found, study, begin, trials=rules.trials, jobs=rules.jobs, needed=replays.resources(house),
                 is_stopping=house.stopping.is_set, told=told,
             )  # fmt: skip
     except ray_tune.Broken as broken:
-        raise tuning.CannotTune(f"the search on the cluster ended: {broken}") from None
+        raise replays.CannotTune(f"the search on the cluster ended: {broken}") from None
     finally:
-        tuning.clear(house)
+        replays.clear(house)
     if house.stopping.is_set():
-        raise tuning.CannotTune(tuning.STOPPED)
+        raise replays.CannotTune(replays.STOPPED)
     _listen(house)
 
 
@@ -169,18 +169,19 @@ def _result(
     house: "Stage", found: "Search", trials: list["Trial"], best: "Trial", comparison: "Comparison | None",
     importance: dict[str, float], path: Path,
 ) -> "Result":  # fmt: skip
-    from daemon import config_change, tuning, tuning_report
+    from daemon.config import change
+    from daemon.tuning import outcome, replays
     from strategies.search import front
 
-    changes = tuning.changes(house, best.values) if comparison is not None and comparison.is_better else {}
+    changes = replays.changes(house, best.values) if comparison is not None and comparison.is_better else {}
     text = path.read_text("utf-8")
-    after = config_change.changed(text, house.name, changes) if changes else text
-    result = tuning_report.Result(
+    after = change.changed(text, house.name, changes) if changes else text
+    result = outcome.Result(
         model=house.name, sampler=found.sampler, updates=house.updates, space=found.space, trials=trials,
         best=best.number, front=[trial.number for trial in front(trials)], importance=importance,
-        comparison=comparison, changes=changes, difference=config_change.difference(text, after, path.name),
+        comparison=comparison, changes=changes, difference=change.difference(text, after, path.name),
     )  # fmt: skip
-    tuning_report.keep(house.directory, result)
+    outcome.keep(house.directory, result)
     return result
 
 
@@ -227,20 +228,20 @@ def _print(result: "Result", directory: Path) -> None:
 
 def _accept(loaded: "Config", name: str, path: Path) -> None:
     """Write what the latest search proposes, if the configuration does not say it already."""
-    from daemon import tuning_report
+    from daemon.tuning import outcome
 
-    found = tuning_report.latest(loaded.state_directory, name)
-    if found is None or not tuning_report.open_changes(loaded.models[name], found):
+    found = outcome.latest(loaded.state_directory, name)
+    if found is None or not outcome.open_changes(loaded.models[name], found):
         raise Failure(f"no search proposes a change for {name}: eternad tune {name}", FAILED)
     screen.say(found.difference)
     _apply(path, found)
 
 
 def _apply(path: Path, result: "Result") -> None:
-    from daemon import config_change
+    from daemon.config import change
 
     if not result.changes:
         return
-    text = config_change.changed(path.read_text("utf-8"), result.model, result.changes)
-    backup = config_change.replace(path, text)
+    text = change.changed(path.read_text("utf-8"), result.model, result.changes)
+    backup = change.replace(path, text)
     typer.echo(f"{path} changed, the old one is {backup}; `eternad reload` makes the daemon read it", err=True)

@@ -15,7 +15,6 @@ import uvicorn
 import uvloop
 from starlette.types import ASGIApp
 
-from daemon import sd_notify
 from daemon.config import Config, ConfigError
 from daemon.gateway import admin
 from daemon.gateway.aliases import Aliases
@@ -24,6 +23,7 @@ from daemon.gateway.front import Front, Rules
 from daemon.gateway.table import FileError, TableFile
 from daemon.gateway.traffic import Traffic
 from daemon.gateway.upstream import Fleet
+from daemon.machine import sd_notify
 
 log = logging.getLogger("eternad.gateway")
 STOP_SECONDS = 50

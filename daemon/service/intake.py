@@ -3,9 +3,10 @@
 import time
 from functools import partial
 
-from daemon import ingest, sd_notify
+from daemon import ingest
 from daemon.control import Command
 from daemon.log import about
+from daemon.machine import sd_notify
 from daemon.service.house import House, log
 from daemon.service.orders import CannotBeDone, Said
 from daemon.state import files

@@ -1,7 +1,8 @@
 """Keeps the state directory and the process from growing: removes what `daemon.retention` finds, gives memory back."""
 
-from daemon import memory, retention
+from daemon import retention
 from daemon.engines.contract import EngineRefused, EngineUnavailable
+from daemon.machine import memory
 from daemon.retention import Removal
 from daemon.service.house import House, log
 from daemon.service.serving import Serving

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from daemon import config as configuration
-from daemon import schedule, sd_notify
+from daemon import schedule
 from daemon.clock import Clock
 from daemon.config import Config, ConfigError
 from daemon.control import Command, Commands
+from daemon.machine import sd_notify
 from daemon.service.desk import Desk
 from daemon.service.house import House, log
 from daemon.service.intake import Intake

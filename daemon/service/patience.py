@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 
-from daemon.ballast import Ballast
+from daemon.machine.ballast import Ballast
 from daemon.service.house import House, log
 from daemon.state.database import DatabaseError
 from daemon.state.trouble import Trouble, is_read_only, trouble_of

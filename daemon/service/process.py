@@ -11,8 +11,9 @@ from types import FrameType
 from typing import IO
 
 from daemon import config as configuration
-from daemon import control, intake, log, memory, sd_notify, web
-from daemon.ballast import Ballast
+from daemon import control, intake, log, web
+from daemon.machine import memory, sd_notify
+from daemon.machine.ballast import Ballast
 from daemon.service.house import log as logger
 from daemon.service.loop import Service
 from daemon.service.patience import ADVICE

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import msgspec
 
-from daemon import tuning_rules
 from daemon.config import ConfigError
 from daemon.service.house import House, log
 from daemon.state import audit, runs
 from daemon.state.database import set_setting, setting, transaction
-from daemon.tuning_rules import Ended
+from daemon.tuning import rules
+from daemon.tuning.rules import Ended
 
 COMMAND = [sys.executable, "-m", "daemon", "tune"]
 NICENESS = 10
@@ -52,7 +52,7 @@ class Searches:
             return
         for name, model in self._house.config.models.items():
             left = setting(self._house.database, f"searching/{name}")
-            reason = left or tuning_rules.is_due(model.tuning, self._ended(name), self._searched_at(name), now)
+            reason = left or rules.is_due(model.tuning, self._ended(name), self._searched_at(name), now)
             if reason and not self._house.disk_is_low():
                 return self._begin(name, reason, now)
 

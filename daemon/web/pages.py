@@ -178,13 +178,13 @@ def search(config: Config, name: str) -> dict[str, Any] | None:
     """The latest search for better settings with its pictures; None before the first."""
     if not (config.state_directory / "tuning" / name).is_dir():
         return None
-    from daemon import tuning_report
+    from daemon.tuning import outcome
 
-    found = tuning_report.latest(config.state_directory, name)
+    found = outcome.latest(config.state_directory, name)
     if found is None:
         return None
-    is_open = bool(tuning_report.open_changes(config.models[name], found))
-    return {"result": found, "pictures": tuning_report.pictures(found), "is_open": is_open}
+    is_open = bool(outcome.open_changes(config.models[name], found))
+    return {"result": found, "pictures": outcome.pictures(found), "is_open": is_open}
 
 
 class Share(msgspec.Struct, frozen=True, kw_only=True):

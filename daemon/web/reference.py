@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from daemon.config_text import rewrite
+from daemon.config.explained import rewrite
 from daemon.web.metrics import COUNTED, GAUGES, HOUSE
 
 

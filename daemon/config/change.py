@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from daemon.config import ConfigError, load
+from daemon.config.check import ConfigError
+from daemon.config.file import load
 
 Values = Mapping[str, str | int | float | None]
 """`{"training.epochs": 3, "ewc.strength": 2.0}`; None takes a key out."""

@@ -49,7 +49,7 @@ class Change(msgspec.Struct, frozen=True):
 def shipped_directory() -> Path:
     """Where the shipped files lie: in the installed environment's `share`, or in the checkout."""
     installed = Path(sys.prefix) / "share" / "eternad" / "systemd"
-    checkout = Path(__file__).resolve().parent.parent / "systemd"
+    checkout = Path(__file__).resolve().parents[2] / "systemd"
     for directory in (checkout, installed):
         if (directory / "eternad.service").is_file():
             return directory

@@ -1,36 +1,25 @@
-"""The configuration: one TOML file, strict, every unit in a name.
+"""What stands in the configuration: its tables and keys.
 
-A key that does not exist is an error that names the nearest one. Relative paths are relative to the file's directory.
 The text under a field is its documentation: `eternad init` and `docs/configure.md` are made of it.
 """
 
-import difflib
-import os
 import re
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from buffers.policy import Buffer
-from daemon import windows
-from daemon.notify.settings import Notify, problem
-from daemon.rollout import Rollout, stages
-from daemon.trust.metric import Metric, trouble_with
-from daemon.trust.policy import Source, Trust
-from daemon.tuning_rules import Tuning
-from strategies.catalog import BY_NAME, Count, NotNegative, Positive, Strategy, key_of
-from strategies.parallel.choice import Parallel, four_bit_refusal, has_gpu, refusal
+from daemon.notify.settings import Notify
+from daemon.rollout import Rollout
+from daemon.trust.metric import Metric
+from daemon.trust.policy import Trust
+from daemon.tuning.rules import Tuning
+from strategies.catalog import Count, NotNegative, Positive, Strategy
+from strategies.parallel.choice import Parallel
 from strategies.request import Lora, Training
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-CREDENTIAL, UNIT_CREDENTIALS = "credential:", "/run/credentials/eternad.service"
-LOOPBACK = re.compile(r"(127\.\d+\.\d+\.\d+|localhost|\[::1\]):\d{1,5}")
-
-
-class ConfigError(Exception):
-    """The configuration cannot be used; the message says what, where and what to do."""
 
 
 class Watch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -223,187 +212,3 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A run that fails so often in a row quarantines its examples."""
     disk_free_bytes_min: NotNegative = 512 * 1024 * 1024
     """Below this no update starts."""
-
-
-def load(path: Path) -> Config:
-    """Read and check a configuration file; raises `ConfigError` with what, where and what to do."""
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}. Write a first one with: eternad init {path}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    try:
-        config = msgspec.convert(tree, Config, strict=True, dec_hook=_decode)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{path}: {explain(str(error))}") from None
-    config = _absolute(config, path.parent.absolute())
-    _check(config, path)
-    return config
-
-
-def _decode(kind: type, value: Any) -> Any:
-    if kind is Path and value.startswith(CREDENTIAL):
-        directory = Path(os.environ.get("CREDENTIALS_DIRECTORY", UNIT_CREDENTIALS))
-        return directory / f"eternad_{value.removeprefix(CREDENTIAL)}"
-    if kind is Path:
-        return Path(value).expanduser()
-    raise TypeError(f"no {kind} in a configuration")
-
-
-def fields_of(kind: type) -> list[str]:
-    """The key names of one table of the configuration."""
-    return [field.encode_name for field in msgspec.structs.fields(kind)]
-
-
-def explain(message: str) -> str:
-    """msgspec's message with the table's name and, for an unknown key, the nearest one that exists."""
-    found = re.search(r"unknown field `(.*?)`(?: - at `\$(.*)`)?", message)
-    if found is None:
-        return re.sub(r" - at `\$\.?(.*?)`", r" (at: \1)", message)
-    key, place = found.group(1), (found.group(2) or "").lstrip(".")
-    known = fields_of(_table(place))
-    nearest = difflib.get_close_matches(key, known, 1, 0.5)
-    hint = f"did you mean `{nearest[0]}`?" if nearest else "known keys: " + ", ".join(known)
-    return f"unknown key `{key}` in [{place or 'top level'}]; {hint}"
-
-
-_TABLES: list[tuple[str, type]] = [
-    (r"", Config), (r"watch", Watch), (r"trust", Trust), (r"web", Web), (r"intake", Intake), (r"gateway", Gateway),
-    (r"trust\.sources.*", Source), (r"metrics.*", Metric), (r"engines.*", Engine), (r".*\.lora", Lora),
-    (r".*\.tuning", Tuning), (r".*\.parallel", Parallel),
-    (r"notify", Notify),
-    (r".*\.training", Training), (r".*\.buffer", Buffer), (r".*\.schedule", Schedule), (r".*\.gate", Gate),
-    (r".*\.rollout", Rollout), (r".*\.strategy.*", msgspec.Struct), (r"models.*", Model),
-]  # fmt: skip
-
-
-def _table(place: str) -> type:
-    kind = next(kind for pattern, kind in _TABLES if re.fullmatch(pattern, place))
-    if kind is not msgspec.Struct:
-        return kind
-    every = {name for strategy in BY_NAME.values() for name in fields_of(strategy)}
-    return msgspec.defstruct("AnyStrategy", [(name, Any) for name in sorted(every)])
-
-
-def _absolute(config: Config, directory: Path) -> Config:
-    """Relative paths are relative to the configuration file, wherever the daemon was started."""
-
-    def at(path: Path | None) -> Path | None:
-        return None if path is None else directory / path
-
-    replace = msgspec.structs.replace
-    return replace(
-        config,
-        library_directory=directory / config.library_directory,
-        state_directory=directory / config.state_directory,
-        gpu_lock_file=at(config.gpu_lock_file),
-        trust=replace(config.trust, blocklist_file=at(config.trust.blocklist_file)),
-        web=replace(config.web, token_file=at(config.web.token_file)),
-        intake=replace(config.intake, socket=at(config.intake.socket), token_file=at(config.intake.token_file)),
-        notify=replace(
-            config.notify,
-            webhook_secret_file=at(config.notify.webhook_secret_file),
-            apprise_file=at(config.notify.apprise_file),
-        ),
-        gateway=replace(
-            config.gateway,
-            admin_socket=at(config.gateway.admin_socket),
-            table_file=at(config.gateway.table_file),
-            token_file=at(config.gateway.token_file),
-        ),
-        models={
-            name: replace(model, base_path=directory / model.base_path, general_directory=at(model.general_directory))
-            for name, model in config.models.items()
-        },
-        engines={name: replace(engine, token_file=at(engine.token_file)) for name, engine in config.engines.items()},
-    )
-
-
-def _check(config: Config, path: Path) -> None:
-    if not config.models:
-        raise ConfigError(f"{path}: no model: add a table [models.NAME]")
-    _check_names(config, path)
-    if config.web.listen and not LOOPBACK.fullmatch(config.web.listen):
-        raise ConfigError(f"{path}: [web] listen = `{config.web.listen}` must be a loopback address: `127.0.0.1:8787`")
-    if (wrong := problem(config.notify)) is not None:
-        raise ConfigError(f"{path}: [notify] {wrong}")
-    _check_intake(config.intake, path)
-    _check_gateway(config.gateway, path)
-    for name, model in config.models.items():
-        place = f"{path}: [models.{name}]"
-        if model.engine not in config.engines:
-            nearest = difflib.get_close_matches(model.engine, list(config.engines), 1, 0.3)
-            hint = f"did you mean `{nearest[0]}`?" if nearest else f"add a table [engines.{model.engine}]"
-            raise ConfigError(f"{place} engine = `{model.engine}` is not defined; {hint}")
-        if not (model.base_path / "config.json").is_file():
-            raise ConfigError(
-                f"{place} base_path = {model.base_path} holds no model (no config.json there). Give the directory of a"
-                " base model, or make the small example one: python -m strategies.from_gguf DIRECTORY"
-            )
-        names = ["".join(key_of(strategy)) for strategy in model.strategy]
-        if twice := {each for each in names if names.count(each) > 1}:
-            raise ConfigError(f"{place} strategy `{twice.pop().lower()}` is listed twice")
-        _check_rollout(config, model, f"{place}.rollout")
-        if reason := refusal(model.parallel, model.device, has_gpu()):
-            raise ConfigError(f"{place}.parallel: {reason}")
-        if model.training.quantize != "none" and (reason := four_bit_refusal(model.parallel)):
-            raise ConfigError(f"{place}.training: {reason}")
-        if (wrong := windows.problem(model.schedule.windows, model.schedule.blackouts)) is not None:
-            raise ConfigError(f"{place}.schedule: {wrong}")
-        if model.schedule.cron is not None:
-            _check_cron(model.schedule.cron, f"{place}.schedule cron")
-
-
-def _check_names(config: Config, path: Path) -> None:
-    for name in (*config.models, *config.engines, *config.metrics):
-        if not NAME.fullmatch(name):
-            raise ConfigError(f"{path}: the name `{name}` must match {NAME.pattern}")
-    for name, metric in config.metrics.items():
-        if (wrong := trouble_with(metric)) is not None:
-            raise ConfigError(f"{path}: [metrics.{name}] {wrong}")
-
-
-def _check_intake(intake: Intake, path: Path) -> None:
-    if intake.listen and not LOOPBACK.fullmatch(intake.listen):
-        raise ConfigError(f"{path}: [intake] listen = `{intake.listen}` must be a loopback address: `127.0.0.1:8788`")
-    if intake.listen and intake.token_file is None:
-        raise ConfigError(
-            f"{path}: [intake] listen needs `token_file`: any program of this machine reaches a port, whereas a socket"
-            " has a group"
-        )
-
-
-def _check_gateway(gateway: Gateway, path: Path) -> None:
-    is_local = not gateway.address or gateway.address.startswith("unix:/") or LOOPBACK.fullmatch(gateway.address)
-    if not is_local and gateway.token_file is None:
-        raise ConfigError(
-            f"{path}: [gateway] address = `{gateway.address}` is open to other machines: give `token_file`, or an"
-            " address of this machine such as `127.0.0.1:8080`"
-        )
-
-
-def _check_rollout(config: Config, model: Model, place: str) -> None:
-    percentages = model.rollout.percentages
-    if not percentages or percentages != sorted(set(percentages)):
-        raise ConfigError(f"{place} percentages = {percentages}: give shares that grow, e.g. [5, 25, 50]")
-    if not stages(model.rollout):
-        return
-    if not config.gateway.address or config.engines[model.engine].kind == "directory":
-        raise ConfigError(
-            f"{place} policy = `{model.rollout.policy}` splits requests, which only the gateway does: give [gateway]"
-            " address and an engine that is reached over HTTP, or let the policy be `immediate`"
-        )
-
-
-def _check_cron(expression: str, place: str) -> None:
-    from apscheduler.triggers.cron import CronTrigger
-
-    try:
-        CronTrigger.from_crontab(expression)
-    except ValueError as error:
-        raise ConfigError(f"{place} = `{expression}`: {error}. Five fields, e.g. `0 4 * * *`") from None

@@ -1,6 +1,6 @@
 """The configuration explained: the TOML of `eternad init` and the tables of `docs/configure.md`.
 
-Both are made of the text that stands under the fields of `daemon.config`, `strategies.catalog` and
+Both are made of the text that stands under the fields of `daemon.config.tables`, `strategies.catalog` and
 `strategies.request`, so they can never differ from what the program reads. The text is read by `ast`, since Python
 does not keep it: importing a module throws the string under a field away.
 """
@@ -18,25 +18,26 @@ from typing import Any
 import msgspec
 
 from buffers.policy import Buffer
-from daemon import config, recipe, tuning_rules
+from daemon.config import recipe, tables
 from daemon.notify.settings import EVENTS, Notify
 from daemon.rollout import Rollout
 from daemon.trust.metric import Metric
 from daemon.trust.policy import Source, Trust
+from daemon.tuning.rules import Tuning
 from strategies.catalog import BY_NAME
 from strategies.parallel.choice import Parallel
 from strategies.request import Lora, Training
 
 WIDTH = 100
 TABLES: tuple[tuple[str, type], ...] = (
-    ("", config.Config), ("watch", config.Watch), ("trust", Trust),
-    ("trust.sources.NAME", Source), ("metrics.NAME", Metric), ("web", config.Web),
-    ("intake", config.Intake), ("gateway", config.Gateway),
+    ("", tables.Config), ("watch", tables.Watch), ("trust", Trust),
+    ("trust.sources.NAME", Source), ("metrics.NAME", Metric), ("web", tables.Web),
+    ("intake", tables.Intake), ("gateway", tables.Gateway),
     ("notify", Notify),
-    ("engines.NAME", config.Engine), ("models.NAME", config.Model), ("models.NAME.lora", Lora),
+    ("engines.NAME", tables.Engine), ("models.NAME", tables.Model), ("models.NAME.lora", Lora),
     ("models.NAME.training", Training), ("models.NAME.buffer", Buffer),
-    ("models.NAME.schedule", config.Schedule), ("models.NAME.gate", config.Gate),
-    ("models.NAME.tuning", tuning_rules.Tuning), ("models.NAME.parallel", Parallel),
+    ("models.NAME.schedule", tables.Schedule), ("models.NAME.gate", tables.Gate),
+    ("models.NAME.tuning", Tuning), ("models.NAME.parallel", Parallel),
     ("models.NAME.rollout", Rollout),
 )  # fmt: skip
 """The tables of the file in their order; `[[models.NAME.strategy]]` comes after them."""
@@ -141,7 +142,7 @@ def _default(field: msgspec.structs.FieldInfo) -> str | None:
 # -- the file that `eternad init` writes ------------------------------------------------------------------------------
 
 
-GIVEN_TABLES = (config.Config, config.Engine, config.Model, config.Web)
+GIVEN_TABLES = (tables.Config, tables.Engine, tables.Model, tables.Web)
 """Where `commented` sets keys; other tables may have some of the same name: `engine` of the tuning is no server."""
 
 

@@ -7,7 +7,7 @@ import msgspec
 from markupsafe import Markup
 
 from daemon.config import Model
-from daemon.tuning import Comparison
+from daemon.tuning.replays import Comparison
 from daemon.web import charts
 from strategies.request import write
 from strategies.search import Trial, front

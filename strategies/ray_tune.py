@@ -84,6 +84,10 @@ class Proposals(Searcher):
         self._open: dict[str, optuna.Trial] = {}
         self._began: dict[str, float] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Ray pickles it for a `Tuner.restore` that nobody calls; whom it tells belongs to this process."""
+        return {name: value for name, value in self.__dict__.items() if name != "told"}
+
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """The values of the next trial; `FINISHED` when all have been proposed."""
         if not self.left:
@@ -141,6 +145,10 @@ class Ending(Stopper):
 
     def __init__(self, proposals: Proposals, room: ray_cluster.Room, is_stopping: Callable[[], bool]) -> None:
         self._proposals, self._room, self._is_stopping = proposals, room, is_stopping
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As of `Proposals`: the event of a process stays in it."""
+        return {name: value for name, value in self.__dict__.items() if name != "_is_stopping"}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Whether this trial is hopeless."""

@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs pip install 'eternad[ray]'"),
 ]
 PROGRAM = """
-import sys, time
+import sys, threading
 from functools import partial
 from pathlib import Path
 from ray_tune_kit import attempts
@@ -33,7 +33,9 @@ kind, sampler, directory = sys.argv[1:4]
 search = engine.Search(directory=Path(directory), space=SPACE, start=START, sampler=sampler)
 with engine.opened(search) as study, ray_cluster.joined():
     begin, trials = partial(attempts, kind, directory), int(sys.argv[4])
-    ray_tune.run(search, study, begin, trials=trials, jobs=2, needed={"CPU": 1.0})
+    # an event holds a lock: what watches this process must not be asked to travel
+    ray_tune.run(search, study, begin, trials=trials, jobs=2, needed={"CPU": 1.0},
+                 is_stopping=threading.Event().is_set, told=partial(print, threading.Lock()))
 """
 
 
@@ -51,7 +53,15 @@ def cluster() -> Iterator[Cluster]:
 def start(cluster: Cluster, kind: str, sampler: str, directory: Path, trials: int) -> "subprocess.Popen[str]":
     """A search in a process of its own, as any that uses Ray."""
     command = [sys.executable, "-c", PROGRAM, kind, sampler, str(directory), str(trials)]
-    return subprocess.Popen(command, cwd=ROOT, env=cluster.environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=cluster.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def ended(child: "subprocess.Popen[str]") -> tuple[int, str]:
+    """The exit code, and what it said last."""
+    said = child.communicate()[1]
+    return child.returncode, said
 
 
 def found(directory: Path) -> list[Trial]:
@@ -69,27 +79,30 @@ def test_the_planted_optimum_is_found_through_ray(
 ) -> None:
     """The same hill, samplers and study as in processes."""
     child = start(cluster, "hill", sampler, tmp_path, trials)
-    assert child.wait() == 0, child.communicate()[1]
-    ended = found(tmp_path)
-    best = engine.best(ended)
-    assert len(ended) == trials and best is not None and best.value is not None and best.value >= height
+    code, said = ended(child)
+    assert code == 0, said
+    tried = found(tmp_path)
+    best = engine.best(tried)
+    assert len(tried) == trials and best is not None and best.value is not None and best.value >= height
 
 
 def test_hopeless_and_unfit_trials_end_as_in_processes(cluster: Cluster, tmp_path: Path) -> None:
     """A loss far above the others' ends its trial before the end; values that cannot be trained are noted."""
     child = start(cluster, "picky", "random", tmp_path, 16)
-    assert child.wait() == 0, child.communicate()[1]
-    ended = found(tmp_path)
-    states = {trial.state for trial in ended}
-    assert states == {"finished", "hopeless", "unfit"} and len(ended) == 16
+    code, said = ended(child)
+    assert code == 0, said
+    tried = found(tmp_path)
+    states = {trial.state for trial in tried}
+    assert states == {"finished", "hopeless", "unfit"} and len(tried) == 16
     went_on = {int(path.name) for path in (tmp_path / "went-on").iterdir()}
-    assert not went_on & {trial.number for trial in ended if trial.state == "hopeless"}
+    assert not went_on & {trial.number for trial in tried if trial.state == "hopeless"}
 
 
 def test_what_no_setting_can_mend_ends_the_search_with_its_reason(cluster: Cluster, tmp_path: Path) -> None:
     """Not tried again and again on other nodes."""
     child = start(cluster, "broken", "random", tmp_path, 10)
-    assert "no base model" in child.communicate()[1] and child.returncode == 1
+    code, said = ended(child)
+    assert "no base model" in said and code == 1
 
 
 def test_a_search_killed_on_a_cluster_loses_no_finished_trial(cluster: Cluster, tmp_path: Path) -> None:
@@ -103,8 +116,8 @@ def test_a_search_killed_on_a_cluster_loses_no_finished_trial(cluster: Cluster, 
     child.communicate()
     before = found(tmp_path)
     assert before
-    again = start(cluster, "hill", "random", tmp_path, len(before) + 3)
-    assert again.wait() == 0, again.communicate()[1]
+    code, said = ended(start(cluster, "hill", "random", tmp_path, len(before) + 3))
+    assert code == 0, said
     assert found(tmp_path)[: len(before)] == before and len(found(tmp_path)) == len(before) + 3
 
 

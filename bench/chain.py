@@ -18,7 +18,7 @@ import msgspec
 
 from bench.forgetting_report import Cost
 from bench.scoring import Task
-from buffers import experience, journal
+from buffers import claims, experience, journal
 from buffers.example import Origin
 from buffers.policy import Buffer
 from daemon import publish, update
@@ -112,7 +112,7 @@ def learn(
     items = [(row.example, Origin(file=task.name, line=line)) for line, row in enumerate(task.train, 1)]
     with transaction(connection):
         journal.add(connection, MODEL, items, heldout_fraction=setting.heldout_fraction)
-        journal.claim(connection, MODEL, run_id, len(items))
+        claims.claim(connection, MODEL, run_id, len(items))
     file = run_directory / "experience.jsonl"
     cut = experience.cut(connection, MODEL, run_id, number, update.recipe_of(model), file)
     sha256 = _show_again(file, task) if task.showings else cut.sha256
@@ -131,7 +131,7 @@ def learn(
     )  # fmt: skip
     publish.publish(run_directory, version(directory, number), manifest)
     with transaction(connection):
-        journal.consume(connection, run_id, number)
+        claims.consume(connection, run_id, number)
     return report, _cost(directory, number, report, cpu_seconds)
 
 

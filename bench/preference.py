@@ -27,7 +27,7 @@ from bench.chain import ROOT
 from bench.preference_world import Kind, Pair, Part, pairs, records
 from bench.scoring import TaskRow, recalled
 from bench.site import Site
-from buffers import experience, journal
+from buffers import claims, experience
 from buffers.example import Example, Message
 from buffers.experience import Row
 from daemon import gate, publish, update
@@ -101,7 +101,7 @@ def learn(site: Site, number: int, cache: Path) -> tuple[gate.Verdict, dict[str,
     if not (place / "request.json").exists():  # else the bench was interrupted, and the trainer has its checkpoint
         place.mkdir(parents=True)
         with transaction(site.database) as connection:
-            journal.claim(connection, "npc", run, 100_000)
+            claims.claim(connection, "npc", run, 100_000)
         cut = experience.cut(site.database, "npc", run, number, update.recipe_of(model), place / "experience.jsonl")
         parent = publish.directory_of(versions, "npc", number - 1) if number > 1 else None
         request = update.request_of(
@@ -116,7 +116,7 @@ def learn(site: Site, number: int, cache: Path) -> tuple[gate.Verdict, dict[str,
     )  # fmt: skip
     publish.publish(place, publish.directory_of(versions, "npc", number), manifest)
     with transaction(site.database) as connection:
-        journal.consume(connection, run, number)
+        claims.consume(connection, run, number)
     drift = report.evaluation.drift_base if report.evaluation is not None else None
     return gate.judge(report, model.gate), report.examples, drift.mean if drift else 0.0, report.seconds["train"]
 

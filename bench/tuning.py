@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from buffers import journal
+from buffers import claims, journal
 from buffers.example import Example, Origin
 from daemon.state.database import open_database, transaction
 from daemon.tuning.outcome import Result, latest
@@ -74,8 +74,8 @@ def make(directory: Path, seed: int, trials: int, engine: str) -> Path:
     for number, (question, answer) in enumerate(SCENES, 1):
         with transaction(connection):
             journal.add(connection, "npc", _examples(question, answer, number, seed), heldout_fraction=0.25)
-            journal.claim(connection, "npc", f"run-{number}", PEOPLE)
-            journal.consume(connection, f"run-{number}", number)
+            claims.claim(connection, "npc", f"run-{number}", PEOPLE)
+            claims.consume(connection, f"run-{number}", number)
     connection.close()
     path = directory / "eternad.toml"
     path.write_text(CONFIG.format(seed=seed, trials=trials, engine=engine))

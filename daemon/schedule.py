@@ -2,7 +2,7 @@
 
 import math
 
-from buffers.journal import Pending
+from buffers.claims import Pending
 from daemon import windows
 from daemon.config import Schedule
 from daemon.wording import duration

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from buffers import journal
+from buffers import claims, journal
 from buffers.example import Example, Origin
 from buffers.experience import Cut
 from daemon import cli, control, gate, publish
@@ -129,7 +129,7 @@ def learn(connection: Connection, state: Path, number: int, after: float) -> Non
         write(directory / "report.json", report)
         if verdict.outcome != "accepted":
             runs.move(connection, run, "REJECTED", verdict.reason, verdict=msgspec.to_builtins(verdict))
-            journal.release(connection, run.id, attempts_max=1)
+            claims.release(connection, run.id, attempts_max=1)
             return
         cut = Cut(sha256="e", rows={"new": 9, "replay": 4}, replay_wanted=4, replay_ratio=0.3)
         runs.annotate(connection, run, cut)
@@ -143,7 +143,7 @@ def learn(connection: Connection, state: Path, number: int, after: float) -> Non
         digest = publish.publish(directory, publish.directory_of(state / "versions", "npc", number), manifest)
         runs.publish(connection, run, number, digest)
         run = runs.move(connection, run, "PUBLISHED", run.reason, version=number)
-        journal.consume(connection, run.id, run.update_number)
+        claims.consume(connection, run.id, run.update_number)
         runs.move(connection, run, "LIVE", run.reason)
         runs.serve(connection, "npc", number, activation={"flip_ms": 0.1, "total_ms": 40.0})
 

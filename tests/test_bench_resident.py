@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from bench.resident import fill, measure
-from buffers import journal
+from buffers import claims
 from daemon.state.database import open_read_only
 
 
@@ -13,7 +13,7 @@ def test_the_journal_has_so_many_learned_examples(tmp_path: Path) -> None:
     database = open_read_only(tmp_path / "eternad.db")
     counted = database.execute("SELECT count(*), count(DISTINCT hash) FROM example WHERE state = 'consumed'").fetchone()
     assert counted == (500, 500)
-    assert journal.pending(database, "npc").train == 0
+    assert claims.pending(database, "npc").train == 0
 
 
 def test_a_daemon_is_measured(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from buffers import experience, journal, rehearsal
+from buffers import claims, experience, journal, rehearsal
 from buffers.example import Example, Origin, parse
 from buffers.experience import Recipe
 from buffers.inventory import composition, held
@@ -40,8 +40,8 @@ def learn(
     ]
     with transaction(database) as connection:
         journal.add(connection, "npc", items, heldout_fraction=0.0, now=now)
-        journal.claim(connection, "npc", f"run-{update}", 10_000)
-        journal.consume(connection, f"run-{update}", update)
+        claims.claim(connection, "npc", f"run-{update}", 10_000)
+        claims.consume(connection, f"run-{update}", update)
 
 
 def buffer(policy: str, **keys: object) -> Buffer:
@@ -106,7 +106,7 @@ def test_only_what_was_learned_and_still_stands_is_in_a_buffer(database: sqlite3
     with transaction(database) as connection:
         journal.add(connection, "book", foreign, heldout_fraction=0.0)
         journal.add(connection, "npc", waiting, heldout_fraction=0.3)
-        journal.set_aside(connection, "run-2")
+        claims.set_aside(connection, "run-2")
     assert sorted(members(database, "npc", buffer(policy))) == list(range(1, 11))
 
 
@@ -140,7 +140,7 @@ def test_an_experience_replays_from_its_policy_twice_the_same(
     recipe = Recipe(replay_ratio=0.5, buffer=buffer(policy, ttl_seconds=DAY))
     with transaction(database) as connection:
         journal.add(connection, "npc", items, heldout_fraction=0.0, now=DAY)
-        journal.claim(connection, "npc", "run", 100)
+        claims.claim(connection, "npc", "run", 100)
     first = experience.cut(database, "npc", "run", 2, recipe, tmp_path / "1")
     with transaction(database) as connection:
         late = [(Example(shape="text", completion="late"), Origin(file="d"))]
@@ -186,7 +186,7 @@ def test_a_rebase_takes_the_whole_buffer(database: sqlite3.Connection, tmp_path:
     with transaction(database) as connection:
         items = [(Example(shape="text", completion=f"new {row}"), Origin(file="c")) for row in range(5)]
         journal.add(connection, "npc", items, heldout_fraction=0.0)
-        journal.claim(connection, "npc", "run", 100)
+        claims.claim(connection, "npc", "run", 100)
     recipe = Recipe(replay_ratio=0.2, whole_buffer=True, buffer=buffer("reservoir"))
     cut = experience.cut(database, "npc", "run", 2, recipe, tmp_path / "1")
     assert (cut.rows, cut.replay_wanted) == ({"new": 5, "replay": 20}, 20)
@@ -270,8 +270,8 @@ def taught(database: sqlite3.Connection, update: int, sentences: list[str]) -> N
     items = [(Example(shape="text", completion=sentence), Origin(file="a")) for sentence in sentences]
     with transaction(database) as connection:
         journal.add(connection, "npc", items, heldout_fraction=0.0)
-        journal.claim(connection, "npc", f"run-{update}", 10_000)
-        journal.consume(connection, f"run-{update}", update)
+        claims.claim(connection, "npc", f"run-{update}", 10_000)
+        claims.consume(connection, f"run-{update}", update)
 
 
 def test_similarity_rehearses_what_is_least_like_the_new(database: sqlite3.Connection) -> None:
@@ -284,7 +284,7 @@ def test_similarity_rehearses_what_is_least_like_the_new(database: sqlite3.Conne
         new = [(Example(shape="text", completion=f"a river called {row} flows to the sea"), Origin(file="b"))
                for row in range(20)]  # fmt: skip
         journal.add(connection, "npc", new, heldout_fraction=0.0)
-        journal.claim(connection, "npc", "run-3", 100)
+        claims.claim(connection, "npc", "run-3", 100)
     kept = members(database, "npc", buffer("similarity", examples=100), "run-3")
     held = Counter(column(database, "update_number", kept))
     assert held[2] > 1.5 * held[1] > 0

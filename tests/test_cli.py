@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from operator_kit import answering, config_fixture, eternad_fixture, make_config, state_fixture
 
-from buffers import journal
+from buffers import claims
 from buffers.policy import Buffer
 from daemon import cli
 from daemon.cli import context, glance, screen
@@ -188,7 +188,7 @@ def test_the_log_follows_what_happens(
     def happen(_seconds: float) -> None:
         connection = open_database(state / "eternad.db")
         with transaction(connection):
-            if journal.pending(connection, "npc").train == 0:
+            if claims.pending(connection, "npc").train == 0:
                 raise KeyboardInterrupt
             run = runs.create(connection, "book", "manual", None, 10)
             assert run is None

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from operator_kit import make_config
 
-from buffers import journal
+from buffers import claims
 from daemon import cli
 from daemon.cli import context
 from daemon.config import load
@@ -72,7 +72,7 @@ def test_an_accepted_record_is_learned_from_and_a_rejected_one_never(house: Hous
     """Both leave the queue."""
     assert told(house, action="accept", model="npc", record_id=FIRST).detail == {"examples": 1}
     assert "nothing is learned" in told(house, action="reject", model="npc", record_id=SECOND).text
-    assert journal.pending(house.database, "npc").train == 1
+    assert claims.pending(house.database, "npc").train == 1
     assert records.held(house.database) == []
 
 

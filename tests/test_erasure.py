@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from buffers import experience, journal
+from buffers import claims, experience
 from daemon import ingest
 from daemon.config import Config, Engine, Model
 from daemon.erasure import CannotErase, Receipt, erase
@@ -88,7 +88,7 @@ def publish(site: Site, run: runs.Run) -> None:
             run = runs.move(site.database, run, state)
         run = runs.move(site.database, run, "PUBLISHED", version=1)
         runs.publish(site.database, run, 1, "0" * 64)
-        journal.consume(site.database, run.id, run.update_number)
+        claims.consume(site.database, run.id, run.update_number)
         runs.move(site.database, run, "LIVE")
 
 
@@ -153,7 +153,7 @@ def test_a_run_that_is_learning_from_it_stands_in_the_way(site: Site) -> None:
     assert records.counts(site.database, "npc") == {"boolean/journal": 1}
     with transaction(site.database):
         runs.move(site.database, run, "CANCELLED")
-        journal.release(site.database, run.id, attempts_max=3, failed=False)
+        claims.release(site.database, run.id, attempts_max=3, failed=False)
     assert erase(site.database, site.config, ALICE, NOW).examples == 1
     assert site.holds(SECRET) == []
 

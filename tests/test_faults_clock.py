@@ -8,7 +8,7 @@ from faults_kit import Make, engine_fixture, lab_fixture, make_fixture, state_of
 from kill_kit import write_drop
 from service_kit import MemoryEngine, drop, turn_until
 
-from buffers import journal
+from buffers import claims, journal
 from daemon import schedule
 from daemon.config import Schedule
 from daemon.service import Service
@@ -64,7 +64,7 @@ def test_an_hour_back_holds_no_drop_up(make: Make, tmp_path: Path) -> None:
 
 def test_a_failure_of_next_year_holds_nothing_back() -> None:
     """What a wrong clock has written down is waited for no longer than any other failure."""
-    waiting = journal.Pending(train=10, heldout=0, oldest_at=0.0, newest_at=0.0)
+    waiting = claims.Pending(train=10, heldout=0, oldest_at=0.0, newest_at=0.0)
     rules, failed_at = Schedule(threshold_examples=5), YEAR
     assert schedule.is_due(waiting, rules, 1000.0, not_before=schedule.retry_at(3, failed_at)) == "threshold"
     assert schedule.is_due(waiting, rules, 1000.0, not_before=schedule.retry_at(3, 990.0)) is None

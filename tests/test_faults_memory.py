@@ -11,7 +11,7 @@ from faults_kit import Make, engine_fixture, lab_fixture, make_fixture, state_of
 from service_kit import MemoryEngine, drop, turn_until
 from test_train import ROOT, demonstration, make_run
 
-from buffers import journal
+from buffers import claims
 from daemon import update
 from daemon.state import runs
 from strategies.request import read_report, read_request
@@ -91,7 +91,7 @@ def test_a_trainer_that_never_fits_is_a_failure_called_oom(
     turn_until(service, lambda: state_of(service) == "FAILED", 60)
     run = runs.recent(service.house.database, "npc", 1)[0]
     assert run.reason == "oom: the kernel ended the trainer: memory had run out (attempt 3)"
-    assert (engine.table, journal.pending(service.house.database, "npc").train) == ({"npc": "base"}, 9)
+    assert (engine.table, claims.pending(service.house.database, "npc").train) == ({"npc": "base"}, 9)
 
 
 def test_a_kill_that_is_not_for_memory_changes_no_request(make: Make, lab: Path) -> None:

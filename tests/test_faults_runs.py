@@ -18,7 +18,7 @@ from faults_kit import Make, engine_fixture, fill, lab_fixture, make_fixture, sm
 from service_kit import MemoryEngine, drop, report, turn_until
 from test_train import facts, make_run
 
-from buffers import journal
+from buffers import claims, journal
 from daemon import update
 from daemon.service import Service
 from daemon.state import runs
@@ -141,7 +141,7 @@ def test_a_hung_trainer_is_ended_with_all_its_children(make: Make, lab: Path, mo
     drop(service, range(10))
     turn_until(service, lambda: state_of(service) == "FAILED", 60)
     assert latest(service).reason.startswith("hang: ")
-    assert journal.pending(service.house.database, "npc").train == 9
+    assert claims.pending(service.house.database, "npc").train == 9
     pids = [int(path.suffix[1:]) for path in service.updates.directory(latest(service)).glob("pid.*")]
     deadline = time.monotonic() + 10
     while any(is_alive(pid) for pid in pids) and time.monotonic() < deadline:

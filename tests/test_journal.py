@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buffers import experience, journal
+from buffers import claims, experience, journal
 from buffers.example import Example, Message, Origin, canonical, content_hash, parse
 from buffers.experience import Recipe
 from buffers.policy import Buffer
@@ -37,8 +37,8 @@ def fill(database: sqlite3.Connection, numbers: range, *, fraction: float = 0.1,
 def learn(database: sqlite3.Connection, run: str, update: int, numbers: range) -> None:
     fill(database, numbers)
     with transaction(database) as connection:
-        journal.claim(connection, "npc", run, 10_000)
-        journal.consume(connection, run, update)
+        claims.claim(connection, "npc", run, 10_000)
+        claims.consume(connection, run, update)
 
 
 texts = st.text(min_size=1, max_size=20)
@@ -81,8 +81,8 @@ def test_eval_files_are_never_trained(database: sqlite3.Connection) -> None:
     """An example dropped into eval/ is neither pending nor claimed."""
     with transaction(database) as connection:
         journal.add(connection, "npc", [(fact(1), HERE)], heldout_fraction=0.5, split="eval")
-        assert journal.pending(connection, "npc").train == 0
-        assert journal.claim(connection, "npc", "run", 10) == 0
+        assert claims.pending(connection, "npc").train == 0
+        assert claims.claim(connection, "npc", "run", 10) == 0
 
 
 def test_a_failed_run_releases_and_three_failures_set_aside(database: sqlite3.Connection) -> None:
@@ -90,21 +90,21 @@ def test_a_failed_run_releases_and_three_failures_set_aside(database: sqlite3.Co
     fill(database, range(10))
     for attempt in range(3):
         with transaction(database) as connection:
-            assert journal.claim(connection, "npc", f"run-{attempt}", 100) == 9
-            rejected = journal.release(connection, f"run-{attempt}", attempts_max=3)
+            assert claims.claim(connection, "npc", f"run-{attempt}", 100) == 9
+            rejected = claims.release(connection, f"run-{attempt}", attempts_max=3)
         assert rejected == (10 if attempt == 2 else 0)
-    assert journal.pending(database, "npc").train == 0
+    assert claims.pending(database, "npc").train == 0
     with transaction(database) as connection:
-        assert journal.requeue(connection, "run-2") == 10
-    assert journal.pending(database, "npc").train == 9
+        assert claims.requeue(connection, "run-2") == 10
+    assert claims.pending(database, "npc").train == 9
 
 
 def test_claims_take_the_oldest_first_and_leave_the_rest(database: sqlite3.Connection) -> None:
     """A limit splits a large drop into several updates without losing or sharing an example."""
     fill(database, range(100))
     with transaction(database) as connection:
-        assert journal.claim(connection, "npc", "a", 40) == 40
-        assert journal.claim(connection, "npc", "b", 1000) == 50
+        assert claims.claim(connection, "npc", "a", 40) == 40
+        assert claims.claim(connection, "npc", "b", 1000) == 50
     runs = database.execute("SELECT run_id, min(id), max(id) FROM example GROUP BY run_id ORDER BY 2").fetchall()
     assert [row[0] for row in runs] == ["a", "b"]
     assert runs[0][2] < runs[1][1]
@@ -115,7 +115,7 @@ def test_an_experience_has_the_exact_share_of_replay(database: sqlite3.Connectio
     learn(database, "old", 1, range(100))
     fill(database, range(100, 150))
     with transaction(database) as connection:
-        journal.claim(connection, "npc", "new", 1000)
+        claims.claim(connection, "npc", "new", 1000)
     path = tmp_path / "experience.jsonl"
     cut = experience.cut(database, "npc", "new", 2, Recipe(replay_ratio=0.4), path)
     rows = list(experience.read(path))
@@ -136,7 +136,7 @@ def test_an_experience_never_trains_on_a_holdout(database: sqlite3.Connection, t
     learn(database, "old", 1, range(100))
     fill(database, range(100, 200))
     with transaction(database) as connection:
-        journal.claim(connection, "npc", "new", 1000)
+        claims.claim(connection, "npc", "new", 1000)
     recipe = Recipe(replay_ratio=0.5, memory_updates=3, memory_examples=50)
     experience.cut(database, "npc", "new", 2, recipe, tmp_path / "e")
     rows = list(experience.read(tmp_path / "e"))
@@ -152,7 +152,7 @@ def test_the_same_cut_twice_is_the_same_file(database: sqlite3.Connection, tmp_p
     learn(database, "old", 1, range(100))
     fill(database, range(100, 150))
     with transaction(database) as connection:
-        journal.claim(connection, "npc", "new", 1000)
+        claims.claim(connection, "npc", "new", 1000)
     first = experience.cut(database, "npc", "new", 2, Recipe(replay_ratio=0.4), tmp_path / "1")
     second = experience.cut(database, "npc", "new", 2, Recipe(replay_ratio=0.4), tmp_path / "2")
     assert first == second
@@ -173,10 +173,10 @@ def test_what_a_rolled_back_version_taught_is_not_rehearsed(database: sqlite3.Co
     learn(database, "run", 1, range(20))
     assert len(members(database, "npc", Buffer(examples=100))) == 18
     with transaction(database) as connection:
-        journal.set_aside(connection, "run")
+        claims.set_aside(connection, "run")
     assert members(database, "npc", Buffer(examples=100)) == []
     with transaction(database) as connection:
-        journal.restore(connection, "run")
+        claims.restore(connection, "run")
     assert len(members(database, "npc", Buffer(examples=100))) == 18
 
 
@@ -186,7 +186,7 @@ def test_a_retracted_record_is_neither_trained_nor_rehearsed(database: sqlite3.C
         origin = Origin(file="feedback/npc/game/1.jsonl", line=3, record_id="01J")
         journal.add(connection, "npc", [(fact(1), origin)], heldout_fraction=0.0)
         assert journal.retract(connection, "npc", "01J") == 1
-        assert journal.claim(connection, "npc", "run", 10) == 0
+        assert claims.claim(connection, "npc", "run", 10) == 0
 
 
 def test_general_text_is_rehearsed_or_probed_never_both(database: sqlite3.Connection, tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_general_text_is_rehearsed_or_probed_never_both(database: sqlite3.Connec
     for update in (1, 2):
         fill(database, range(update * 100, update * 100 + 50))
         with transaction(database) as connection:
-            journal.claim(connection, "npc", f"run-{update}", 1000)
+            claims.claim(connection, "npc", f"run-{update}", 1000)
         recipe = Recipe(general_ratio=0.5, general_directory=general)
         experience.cut(database, "npc", f"run-{update}", update, recipe, tmp_path / "e")
         rows = list(experience.read(tmp_path / "e"))

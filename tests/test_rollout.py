@@ -10,7 +10,7 @@ import pytest
 from rollout_kit import MemoryGateway
 from service_kit import drop, make_config, turn_until, use_trainer
 
-from buffers import journal
+from buffers import claims, journal
 from daemon import failpoint
 from daemon.config import ConfigError, load
 from daemon.control import Action, Command, Order, Reply
@@ -234,7 +234,7 @@ def test_what_does_badly_is_rolled_back(
     assert gateway.table == {"npc": "npc@0001"}
     run = runs.recent(service.house.database, "npc", 1)[0]
     assert reason in run.reason and reason in trial_of(service).reason
-    assert journal.pending(service.house.database, "npc").train == 9
+    assert claims.pending(service.house.database, "npc").train == 9
     assert runs.failures_in_a_row(service.house.database, "npc")[0] == 1
     live = runs.live_version(service.house.database, "npc")
     assert live is not None and live.number == 1
@@ -261,7 +261,7 @@ def test_a_crash_around_a_rollback_leaves_nothing_half(make: Make, gateway: Memo
     turn_busily(service, busy(gateway, answered=10, failed=10), lambda: gateway.shares == {})
     assert (state_of(service), gateway.table) == ("ROLLED_BACK", {"npc": "npc@0001"})
     assert trial_of(service).outcome == "rolled_back"
-    assert journal.pending(service.house.database, "npc").train == 9
+    assert claims.pending(service.house.database, "npc").train == 9
 
 
 def say(service: Service, number: int, value: object, adapter: str, kind: str = "boolean") -> None:

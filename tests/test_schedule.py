@@ -1,6 +1,6 @@
 """When an update is due."""
 
-from buffers.journal import Pending
+from buffers.claims import Pending
 from daemon.config import Schedule
 from daemon.schedule import explain, is_due, retry_at
 

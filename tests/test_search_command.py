@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from buffers import journal, rehearsal
+from buffers import claims, journal, rehearsal
 from buffers.example import Example, Origin
 from daemon import cli
 from daemon.config import ConfigError, change, load
@@ -66,8 +66,8 @@ def place(tmp_path: Path, tiny_base: Path) -> Path:
                 for each in range(10)
             ]  # fmt: skip
             journal.add(connection, "npc", items, heldout_fraction=0.2)
-            journal.claim(connection, "npc", f"run-{number}", 10)
-            journal.consume(connection, f"run-{number}", number)
+            claims.claim(connection, "npc", f"run-{number}", 10)
+            claims.consume(connection, f"run-{number}", number)
     connection.close()
     return tmp_path
 

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from service_kit import MemoryEngine, drop, make_config, report, turn_until, use_trainer
 
-from buffers import journal
+from buffers import claims, journal
 from buffers.policy import Buffer
 from buffers.replay_buffer import members
 from daemon.config import Schedule
@@ -140,7 +140,7 @@ def test_a_rejected_candidate_never_serves(make: Make, engine: MemoryEngine, lab
         service.tick(time.time())
     assert engine.history == ["base"]
     assert runs.versions(service.house.database, "npc") == []
-    assert journal.pending(service.house.database, "npc").train == 9
+    assert claims.pending(service.house.database, "npc").train == 9
     assert len(runs.recent(service.house.database, "npc")) == 1
 
 
@@ -172,7 +172,7 @@ def test_a_trainer_that_keeps_dying_fails_the_run_but_not_its_examples(make: Mak
     turn_until(service, lambda: state_of(service) == "FAILED")
     assert (lab / "trained").read_text().split() == ["npc-00001"] * 3
     assert "SIGKILL" in runs.recent(service.house.database, "npc", 1)[0].reason
-    assert journal.pending(service.house.database, "npc").train == 9
+    assert claims.pending(service.house.database, "npc").train == 9
 
 
 def test_one_trainer_at_a_time(make: Make, lab: Path, tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ def test_a_manual_update_says_what_it_does(make: Make, lab: Path) -> None:
     assert "still at work" in order(service, "update", model="npc").text
     assert order(service, "cancel", run_id="npc-00001").ok
     assert state_of(service) == "CANCELLED"
-    assert journal.pending(service.house.database, "npc").train == 3
+    assert claims.pending(service.house.database, "npc").train == 3
     assert "no run" in order(service, "cancel", run_id="npc-00009").text
 
 

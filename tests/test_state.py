@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from buffers import journal
+from buffers import claims, journal
 from buffers.example import Example, Origin
 from daemon.state import audit, runs
 from daemon.state.database import (
@@ -59,7 +59,7 @@ def serve_new(connection: sqlite3.Connection, numbers: range) -> int:
         runs.publish(connection, run, number, "sha")
         run = runs.move(connection, run, "PUBLISHED", version=number)
     with transaction(connection):
-        journal.consume(connection, run.id, run.update_number)
+        claims.consume(connection, run.id, run.update_number)
         runs.move(connection, run, "LIVE")
         runs.serve(connection, "npc", number)
     return number
@@ -107,7 +107,7 @@ def test_readers_read_beside_the_writer(database: sqlite3.Connection, tmp_path: 
     with transaction(database) as connection:
         set_setting(connection, "half", "done")
         assert setting(reader, "half") == ""
-        assert journal.pending(reader, "npc").train == 3
+        assert claims.pending(reader, "npc").train == 3
     with pytest.raises(sqlite3.OperationalError):
         set_setting(reader, "x", "y")
     reader.close()
@@ -179,7 +179,7 @@ def test_failures_in_a_row_end_with_a_success(database: sqlite3.Connection) -> N
         run = new_run(database, 1)
         with transaction(database) as connection:
             runs.move(connection, run, "FAILED", "broken")
-            journal.release(connection, run.id, attempts_max=3)
+            claims.release(connection, run.id, attempts_max=3)
     assert runs.failures_in_a_row(database, "npc")[0] == 2
     serve_new(database, range(20, 25))
     assert runs.failures_in_a_row(database, "npc")[0] == 0

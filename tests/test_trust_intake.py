@@ -7,8 +7,8 @@ import msgspec
 import pytest
 from test_trust import DAY, Site, drop, record
 
-from buffers import journal
-from buffers.journal import Share
+from buffers import claims
+from buffers.claims import Share
 from daemon import review
 from daemon.state import influence, records, runs
 from daemon.state.database import transaction
@@ -163,9 +163,9 @@ def test_one_subject_gives_at_most_its_share_of_an_update(site: Site) -> None:
     lines = "".join(f'{{"prompt": "Where is door {n}?", "completion": "In hall {n}."}}\n' for n in range(197))
     drop(site, "content/npc/doors.jsonl", lines)
     share = Share(0.01)
-    assert journal.allowed(site.database, "npc", 2000, share) == 201
+    assert claims.allowed(site.database, "npc", 2000, share) == 201
     with transaction(site.database) as connection:
-        assert journal.claim(connection, "npc", "run", 2000, share) == 201
+        assert claims.claim(connection, "npc", "run", 2000, share) == 201
     found = site.database.execute("SELECT count(*) FROM example WHERE run_id = 'run' GROUP BY subject ORDER BY 1")
     assert [row[0] for row in found] == [2, 2, 197]
 
@@ -191,7 +191,7 @@ def test_a_versions_makers_are_known(site: Site) -> None:
             run = runs.create(connection, "npc", "manual", update - 1 or None, 100)
             assert run is not None
             runs.publish(connection, run, update, "")
-            journal.consume(connection, run.id, update)
+            claims.consume(connection, run.id, update)
     found = influence.of_version(site.database, "npc", 2, 10)
     subjects = {part.name: (part.examples, part.here) for part in found.by["subject"]}
     assert found.lineage == [2, 1]

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from buffers import journal
+from buffers import claims
 from daemon.config import ConfigError
 from daemon.control import Action, Command
 from daemon.engines.contract import EngineRefused, EngineUnavailable
@@ -134,7 +134,7 @@ class Orders:
     def _requeue(self, command: Command) -> Said:
         identity = self._run(command)
         with transaction(self._house.database) as connection:
-            waiting = journal.requeue(connection, identity)
+            waiting = claims.requeue(connection, identity)
             audit.write(connection, "requeue", identity, {"examples": waiting}, command.actor)
         return f"{waiting} examples of {identity} wait again", {"examples": waiting}
 

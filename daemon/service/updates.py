@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from buffers import experience, journal
+from buffers import claims, experience, journal
 from daemon import failpoint, gate, publish, review, update
 from daemon.engines.contract import EngineRefused, EngineUnavailable
 from daemon.log import about
@@ -264,7 +264,7 @@ class Updates:
         report = read_report(self.directory(run))
         failpoint.reach("LIVE:before")
         with transaction(self._house.database) as connection:
-            journal.consume(connection, run.id, run.update_number)
+            claims.consume(connection, run.id, run.update_number)
             journal.remember_tokens(connection, report.example_tokens if report is not None else [])
             journal.remember_losses(connection, report.example_losses if report is not None else [])
             rollouts.end_of(connection, run.model, run.version, "promoted", run.reason, actor)
@@ -336,7 +336,7 @@ class Updates:
                 state = "rolled_back" if to == "ROLLED_BACK" else "failed"
                 runs.set_version_state(connection, run.model, run.version, state)
             attempts_max = self._house.config.run_attempts_max
-            rejected = journal.release(connection, run.id, attempts_max=attempts_max, failed=held_against)
+            rejected = claims.release(connection, run.id, attempts_max=attempts_max, failed=held_against)
         failpoint.reach(f"{to}:after")
         if run.version is not None:
             self._serving.abandon(run.model, run.version)

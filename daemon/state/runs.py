@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from buffers import journal
+from buffers import claims
 from daemon.state import audit
 from daemon.state.database import Connection
 
@@ -86,7 +86,7 @@ def _version(row: tuple[Any, ...]) -> Version:
 
 def create(
     connection: Connection, model: str, trigger: str, parent_version: int | None, examples_max: int,
-    share: journal.Share | None = None,
+    share: claims.Share | None = None,
 ) -> Run | None:  # fmt: skip
     """A PENDING run that has claimed what waits, or None when nothing does. Inside the caller's transaction.
 
@@ -100,7 +100,7 @@ def create(
     )
     total = connection.execute("SELECT count(*) FROM run WHERE model = ?", (model,)).fetchone()[0]
     identity, now = f"{model}-{total + 1:05d}", time.time()
-    if not journal.claim(connection, model, identity, examples_max, share):
+    if not claims.claim(connection, model, identity, examples_max, share):
         return None
     connection.execute(
         "INSERT INTO run (id, model, state, trigger, update_number, parent_version, created_at, updated_at)"
@@ -239,7 +239,7 @@ def _retire(connection: Connection, version: Version, state: str) -> None:
     connection.execute(
         "UPDATE version SET state = ? WHERE model = ? AND number = ?", (state, version.model, version.number)
     )
-    (journal.set_aside if state == "rolled_back" else journal.restore)(connection, version.run_id)
+    (claims.set_aside if state == "rolled_back" else claims.restore)(connection, version.run_id)
     run = get(connection, version.run_id)
     if run.state != _RUN_STATE[state] and run.state != "PUBLISHED":
         # why it was accepted and when it ended stay what they were

@@ -2,8 +2,8 @@
 
 import msgspec
 
-from buffers import journal
-from buffers.journal import Pending, Share
+from buffers import claims
+from buffers.claims import Pending, Share
 from daemon.state.database import Connection
 from daemon.trust.policy import Trust, trusted_sources
 
@@ -18,8 +18,8 @@ def waiting(connection: Connection, model: str, trust: Trust) -> Pending:
 
     Otherwise one busy subject alone would be due again and again, for updates of a single example.
     """
-    everything = journal.pending(connection, model)
-    allowed = journal.allowed(connection, model, everything.train, share_of(trust))
+    everything = claims.pending(connection, model)
+    allowed = claims.allowed(connection, model, everything.train, share_of(trust))
     if allowed == everything.train or everything.oldest_at is None:
         return everything
     last = connection.execute("SELECT coalesce(max(created_at), 0) FROM run WHERE model = ?", (model,)).fetchone()[0]

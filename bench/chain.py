@@ -132,7 +132,7 @@ def learn(
     publish.publish(run_directory, version(directory, number), manifest)
     with transaction(connection):
         claims.consume(connection, run_id, number)
-    return report, _cost(directory, number, report, cpu_seconds)
+    return report, _cost(directory, connection, number, report, cpu_seconds)
 
 
 def _show_again(file: Path, task: Task) -> str:
@@ -149,7 +149,7 @@ def _cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _cost(directory: Path, number: int, report: RunReport, cpu_seconds: float) -> Cost:
+def _cost(directory: Path, connection: Connection, number: int, report: RunReport, cpu_seconds: float) -> Cost:
     """What the update took, after retention has removed what nobody needs any more."""
     for name in ("adapter", "strategy"):
         shutil.rmtree(directory / "runs" / f"{number:05d}" / name)
@@ -158,8 +158,15 @@ def _cost(directory: Path, number: int, report: RunReport, cpu_seconds: float) -
     return Cost(
         cpu_seconds=cpu_seconds, tokens=report.tokens, peak_memory_bytes=report.peak_memory_bytes,
         version_bytes=bytes_under(version(directory, number)), kept_bytes=bytes_under(directory / "versions"),
-        journal_bytes=sum(path.stat().st_size for path in directory.glob("eternad.db*")),
+        journal_bytes=_journal_bytes(connection),
     )  # fmt: skip
+
+
+def _journal_bytes(connection: Connection) -> int:
+    """Of the database alone: its write-ahead log grows to 4 MiB and is written over from there, whatever is in it."""
+    return int(
+        connection.execute("SELECT page_count * page_size FROM pragma_page_count, pragma_page_size").fetchone()[0]
+    )
 
 
 def bytes_under(directory: Path) -> int:

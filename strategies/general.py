@@ -70,7 +70,9 @@ def add_general(
 
 def _lacking(items: dict[Role, list[Item]], request: RunRequest) -> int:
     """How many more general rows all epochs together would show, where there are too few even for one of them."""
-    replay = next((each for each in request.strategies if isinstance(each, Replay)), Replay(ratio=0.0))
+    replay = next((each for each in request.strategies if isinstance(each, Replay)), None)
+    if replay is None:
+        return 0
     new, held = len(items["new"]), len(items["replay"])
     taught = new + (held if request.rebase else min(beside(new, replay.ratio), held))
     an_epoch, here = beside(taught, replay.general_ratio), len(items["general"])

@@ -11,7 +11,7 @@ from buffers.experience import Role
 from strategies import general
 from strategies.adapter import Adapter, load_adapter
 from strategies.base_hash import base_sha256
-from strategies.catalog import Distill, Replay, Strategy
+from strategies.catalog import AGem, Distill, Ewc, Replay, Strategy
 from strategies.dataset import Item
 from strategies.general import TOKENS, add_general, kept_or_written, sample, write_general
 from strategies.pulse import Pulse
@@ -114,6 +114,15 @@ def test_drift_is_measured_on_what_is_never_rehearsed(tiny_base: Path, tmp_path:
     assert not texts(first["probe"]) & texts(first["general"])
     assert [item.index for item in second["general"]] == list(range(9, 9 + 9 * Training().epochs))
     assert not items_of(adapter, request(tiny_base, tmp_path, Replay(general_ratio=0.0)))["general"]
+
+
+@pytest.mark.parametrize("strategies", [(), (Ewc(),), (AGem(),)])
+def test_nothing_is_rehearsed_that_no_strategy_asks_for(
+    tiny_base: Path, tmp_path: Path, adapter: Adapter, strategies: tuple[Strategy, ...]
+) -> None:
+    """Without `replay` the model learns what is new alone, and the drift is measured all the same."""
+    items = items_of(adapter, request(tiny_base, tmp_path, *strategies))
+    assert not items["general"] and items["probe"]
 
 
 def test_a_sample_that_was_cut_off_does_not_teach_to_stop(tiny_base: Path, tmp_path: Path, adapter: Adapter) -> None:

@@ -104,7 +104,7 @@ def test_a_lying_engine_is_found_out(engine: Embedded, fake: FakeEngine, version
 
 def test_another_version_s_answers_are_found_out(engine: Embedded, fake: FakeEngine, versions: list[Version]) -> None:
     """It answers with some adapter, but not with this one."""
-    fake.confuses = "some other weights"
+    fake.confuses = "other weights 57"  # 2.2 nats from the base: no candidate, wherever it lies, is twice as far
     with pytest.raises(ProbeFailed, match="not answer like the candidate"):
         activate(engine, "npc", versions[1], canaries(versions[1]))
     assert fake.aliases == {}

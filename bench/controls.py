@@ -72,6 +72,7 @@ CONTROLS = {
     ),
     "a fifth held out": Control(heldout=0.2),
     "a fifth held out, early stopping": Control({"early_stop_patience": 1}, heldout=0.2),
+    "a fifth held out, may rise by 2": Control({"early_stop_patience": 1, "early_stop_new_loss": 2.0}, heldout=0.2),
     "`augment` (noise 5)": Control(strategies=(Augment(),)),
     "`rewrite` templates": Control(strategies=(Rewrite(rows=2),), wordings=3),
     "`rewrite` paraphrases": Control(strategies=(BY_PARAPHRASES,), wordings=2, is_taught=True),

@@ -50,6 +50,7 @@ class Course:
             old=[item for items in self.probes.old.values() for item in items if has_token_loss(item)],
             patience=training.early_stop_patience,
             old_rise=training.early_stop_old_loss,
+            new_rise=training.early_stop_new_loss,
         )
         self.stopping = next((each for each in self.learners if isinstance(each, Stopping)), None)
         """Avalanche's early stopping, where it is to decide instead of ours."""

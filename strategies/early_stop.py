@@ -1,5 +1,8 @@
 """When to stop an update, and which weights to keep: the best ones on the new hold-out that forget little enough.
 
+What is held out must be able to tell: of facts that are said once it holds *other* facts, which nobody taught. Their
+loss is lowest after an early epoch, whose weights know next to nothing; `new_rise` lets the later ones be kept.
+
 Early stopping on the new *and* the old hold-outs: a run that still gains on the new ones may long be forgetting.
 """
 
@@ -29,10 +32,13 @@ class EarlyStop:
     """Epochs without a lower loss on `new`; 0: never stop for it."""
     old_rise: float
     """Nats per token by which the loss on `old` may rise."""
+    new_rise: float = 0.0
+    """Nats per token by which the loss on `new` may lie above its lowest: the latest weights within it are kept."""
     start_old: float | None = None
     best_loss: float | None = None
+    """The lowest on `new`."""
     best: Tensor | None = None
-    """(parameters,) the best weights so far."""
+    """(parameters,) the weights to keep so far."""
     worse_epochs: int = 0
     history: list[tuple[float, float]] = field(default_factory=list)
     """(loss on new, rise on old) per epoch"""
@@ -57,8 +63,9 @@ class EarlyStop:
                 return ""
             return f"loss on old hold-outs rose by {rise:.3f} nats per token (allowed: {self.old_rise:g})"
         # without a new hold-out the last weights are the best
-        if not self.new or self.best_loss is None or loss < self.best_loss:
-            self.best_loss, self.best, self.worse_epochs = loss, adapter.flat.clone(), 0
+        if not self.new or self.best_loss is None or loss < self.best_loss + self.new_rise:
+            self.best_loss = loss if self.best_loss is None else min(loss, self.best_loss)
+            self.best, self.worse_epochs = adapter.flat.clone(), 0
             return ""
         self.worse_epochs += 1
         if self.patience and self.worse_epochs >= self.patience:

@@ -275,6 +275,26 @@ def test_the_best_weights_come_back(adapter: Adapter) -> None:
     assert torch.equal(adapter.flat, best)
 
 
+def test_a_hold_out_that_cannot_tell_may_rise(adapter: Adapter) -> None:
+    """Within the allowed rise above the lowest loss the latest weights are kept, and the epochs count as good ones."""
+    adapter.assign(adapter.flat * 6)
+    best = adapter.flat.clone()
+    new = [replace(item, tokens=greedy(adapter, item)) for item in make_items(4)]
+    losses = []
+    for factor in (1, 0.5, 0.1):
+        adapter.assign(best * factor)
+        losses.append(float(token_losses(adapter, new).mean()))
+    assert losses[0] < losses[1] < losses[2]
+    early = watch(adapter, new=new, patience=1, new_rise=(losses[1] + losses[2]) / 2 - losses[0])
+    reasons = []
+    for factor in (1, 0.5, 0.1):
+        adapter.assign(best * factor)
+        reasons.append(early.check(adapter))
+    assert reasons[:2] == ["", ""] and "for 1 epochs" in reasons[2]
+    early.restore(adapter)
+    assert torch.equal(adapter.flat, best * 0.5)
+
+
 def test_forgetting_stops_a_run_that_still_learns(adapter: Adapter) -> None:
     """Beyond the allowed rise on the old hold-outs no weights are kept, however good they are on the new one."""
     start = adapter.flat.clone()

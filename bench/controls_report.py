@@ -58,10 +58,9 @@ def text_of(cells: Sequence[Cell], facts: int, epochs: int) -> str:
         "# Controls against overfitting",
         "",
         f"One update of {facts} invented facts, each in a single wording, {epochs} epochs' worth of rows whatever the"
-        f" control makes of them, no replay; mean of seeds {', '.join(map(str, seeds))}, smallest and largest in"
-        " brackets. Recall and loss are on questions worded like none of the trained ones (loss in nats per token of"
-        " the answers), drift on general text. The teacher of `paraphrases` and `questions` knows the lore: one that is"
-        " always right.",
+        f" control makes of them, no replay; {_of(seeds)}. Recall and loss are on questions worded like none of the"
+        " trained ones (loss in nats per token of the answers), drift on general text. The teacher of `paraphrases` and"
+        " `questions` knows the lore: one that is always right.",
         "",
         "| control | " + " | ".join(COLUMNS) + " |",
         "| --- |" + " ---: |" * len(COLUMNS),
@@ -69,6 +68,12 @@ def text_of(cells: Sequence[Cell], facts: int, epochs: int) -> str:
         "",
         "Made by `make bench-controls` (`python -m bench.controls`).",
     ]) + "\n"  # fmt: skip
+
+
+def _of(seeds: Sequence[int]) -> str:
+    if len(seeds) == 1:
+        return f"seed {seeds[0]} alone"
+    return f"mean of seeds {', '.join(map(str, seeds))}, smallest and largest in brackets"
 
 
 def by_control(cells: Sequence[Cell]) -> dict[str, list[Cell]]:

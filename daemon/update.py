@@ -38,6 +38,8 @@ COMMAND = [sys.executable, "-m", launch.ALONE]
 MEDIAN_STEPS_BEFORE_HANG = 10
 OWN_WORDS, LAUNCHER_LINES = "eternad: ", 200
 """What a trainer of several processes says at the end begins so; torchrun's report follows, this long at most."""
+BATCHES = 16
+"""GEM and A-GEM draw each batch of a past update from so many batches' worth of it."""
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,6 +62,7 @@ def recipe_of(model: Model, *, rebase: bool = False) -> Recipe:
     chosen = {type(strategy): strategy for strategy in model.strategy}
     replay, gem, agem = chosen.get(Replay), chosen.get(Gem), chosen.get(AGem)
     memory_updates = gem.constraints if isinstance(gem, Gem) else 8 if agem is not None else 0
+    remembering = [each for each in (gem, agem) if isinstance(each, Gem | AGem)]
     return Recipe(
         epochs=model.training.epochs,
         replay_ratio=replay.ratio if isinstance(replay, Replay) else 0.0,
@@ -68,7 +71,7 @@ def recipe_of(model: Model, *, rebase: bool = False) -> Recipe:
         general_directory=model.general_directory,
         buffer=model.buffer,
         memory_updates=memory_updates,
-        memory_examples=gem.examples if isinstance(gem, Gem) else agem.examples if isinstance(agem, AGem) else 0,
+        memory_examples=BATCHES * max(each.examples for each in remembering) if remembering else 0,
         seed=model.seed,
     )
 

@@ -63,7 +63,7 @@ class Gem(msgspec.Struct, frozen=True, tag_field="name", tag="gem", forbid_unkno
     constraints: Count = 4
     """At most so many past updates constrain the gradient (the most recent, and evenly spaced older ones)."""
     examples: Count = 16
-    """Examples of each past update in its reference gradient."""
+    """Examples of each past update in its reference gradient, drawn anew whenever that is computed."""
     margin: NotNegative = 0.0
     """Smallest cosine between the step's gradient and each memory's: above 0 asks for a gain on every past update."""
     refresh_steps: Count = 1

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from strategies import catalog
 from strategies.dataset import Item
+from strategies.ewc import drawn
 from strategies.learner import JsonNotes, Learner, Loop
 
 TOLERANCE = 1e-6
@@ -137,8 +138,8 @@ def _combine(g: Tensor, G: Tensor, v: Tensor) -> Tensor:
     return result
 
 
-def by_update(items: Sequence[Item], constraints: int, examples: int) -> dict[int, list[Item]]:
-    """The memory of each past update: at most `constraints` of them, so many examples each.
+def by_update(items: Sequence[Item], constraints: int) -> dict[int, list[Item]]:
+    """The memory of each past update: at most `constraints` of them.
 
     Where there are more, the latest and evenly spaced older ones stay, so that no age is left out.
     """
@@ -150,7 +151,7 @@ def by_update(items: Sequence[Item], constraints: int, examples: int) -> dict[in
     if len(numbers) > constraints:
         stride = (len(numbers) - 1) / max(constraints - 1, 1)
         numbers = sorted({numbers[-1 - round(index * stride)] for index in range(constraints)})
-    return {number: groups[number][:examples] for number in numbers}
+    return {number: groups[number] for number in numbers}
 
 
 class GradientEpisodicMemory(Learner, supports_distributed=True):
@@ -183,14 +184,18 @@ class GradientEpisodicMemory(Learner, supports_distributed=True):
 
     def before_training_exp(self, strategy: Loop, *_: Any, **__: Any) -> None:
         """Group the memory by past update."""
-        self.memory = by_update(strategy.items["memory"], self.parameters.constraints, self.parameters.examples)
+        self.memory = by_update(strategy.items["memory"], self.parameters.constraints)
         strategy.report(self.name, "constraints", len(self.memory))
 
     def before_training_iteration(self, strategy: Loop, *_: Any, **__: Any) -> None:
-        """Reference gradients at the current weights, anew every `refresh_steps`."""
+        """Reference gradients at the current weights, anew every `refresh_steps`, each of other examples.
+
+        The same few of an update at every step would be all of it that is protected.
+        """
         if not self.memory or (self.G is not None and strategy.step % self.parameters.refresh_steps):
             return
-        self.G = torch.stack([strategy.gradient_of(items) for items in self.memory.values()])
+        batches = [drawn(items, self.parameters.examples, strategy.generator) for items in self.memory.values()]
+        self.G = torch.stack([strategy.gradient_of(batch) for batch in batches])
         self.gram = None
 
     def after_backward(self, strategy: Loop, *_: Any, **__: Any) -> None:

@@ -101,7 +101,7 @@ def test_ewc_is_anchored_on_the_pretraining_task_once() -> None:
 def test_gem_meets_every_constraint_at_every_step() -> None:
     """After the projection no memory's loss rises to first order; the number of projections is reported."""
     first, states = updates([], 4)
-    loop, (gem,) = BigramLoop(experience(5), 5, first.adapter.flat), build([catalog.Gem(constraints=4, examples=3)])
+    loop, (gem,) = BigramLoop(experience(5), 5, first.adapter.flat), build([catalog.Gem(constraints=4, examples=4)])
     gem.before_training_exp(loop)
     assert loop.reports["gem"]["constraints"] == 4
     seen = 0
@@ -112,12 +112,26 @@ def test_gem_meets_every_constraint_at_every_step() -> None:
         gem.after_backward(loop)
         seen += int(not torch.equal(before, loop.adapter.gradient))
         for number in range(1, 5):
-            reference = loop.gradient_of(loop.items["memory"][4 * (number - 1) :][:3])
+            reference = loop.gradient_of(loop.items["memory"][4 * (number - 1) :][:4])
             floor = -1e-5 * before.norm() * reference.norm()
             assert reference @ loop.adapter.gradient >= floor
         loop.step += 1
     assert loop.reports["gem"]["projections"] == seen > 0
     assert states == {}
+
+
+def test_gem_looks_at_other_examples_each_time() -> None:
+    """Two of four per past update: after some steps every one of them was in a reference gradient."""
+    loop, (gem,) = BigramLoop(experience(2), 2), build([catalog.Gem(constraints=1, examples=2)])
+    gem.before_training_exp(loop)
+    seen: list[list[int]] = []
+    gradient_of = loop.gradient_of
+    loop.gradient_of = lambda items: (seen.append([item.index for item in items]), gradient_of(items))[1]
+    for _ in range(20):
+        gem.before_training_iteration(loop)
+        loop.step += 1
+    assert {len(set(each)) for each in seen} == {2}
+    assert {index for each in seen for index in each} == {item.index for item in loop.items["memory"]}
 
 
 def test_gem_caps_its_constraints_and_keeps_every_age() -> None:

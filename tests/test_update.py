@@ -163,4 +163,4 @@ def test_the_recipe_follows_the_strategies() -> None:
     recipe = recipe_of(model)
     assert (recipe.replay_ratio, recipe.memory_updates, recipe.buffer.examples) == (0.4, 0, 7)
     gem = recipe_of(Model(base_path=Path(), engine="e", strategy=[Gem(constraints=3, examples=5)]))
-    assert (gem.replay_ratio, gem.memory_updates, gem.memory_examples) == (0.0, 3, 5)
+    assert (gem.replay_ratio, gem.memory_updates, gem.memory_examples) == (0.0, 3, 16 * 5)

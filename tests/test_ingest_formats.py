@@ -18,8 +18,9 @@ import zstandard
 from buffers.example import Example, Message, parse
 from daemon import ingest
 from daemon.config import Config, Engine, Model, Watch
-from daemon.ingest import sandbox
+from daemon.ingest import packed, sandbox
 from daemon.ingest.outcome import Outcome
+from daemon.ingest.problem import Problem
 from daemon.state import quarantine
 from daemon.state.database import open_database
 from daemon.state.files import Finished, Signature
@@ -181,6 +182,19 @@ def test_every_format_gives_its_examples(site: Site, name: str, data: bytes | st
     outcome = site.drop(name, data)
     assert (outcome.state, outcome.reason) == ("read", "")
     assert site.examples() == wanted
+
+
+@pytest.mark.parametrize("packing", ["gz", "zst"])
+@pytest.mark.parametrize("content", [b"no archive", b""])
+def test_a_broken_archive_leaves_nothing_open(tmp_path: Path, packing: str, content: bytes) -> None:
+    """Found by atheris after a thousand of them: the descriptors had run out."""
+    path = tmp_path / "a"
+    path.write_bytes(content)
+    with path.open("rb") as file:
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        with pytest.raises(Problem, match=r"not a valid|cut off"):
+            packed.unpack(file.fileno(), packing, 1 << 20)
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_zstandard_is_unpacked(site: Site) -> None:

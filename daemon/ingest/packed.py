@@ -22,15 +22,24 @@ READERS: dict[str, Callable[[int, Watch], Iterator[Located]]] = {
 
 def unpack(descriptor: int, packing: str, bytes_max: int) -> int:
     """A descriptor of the unpacked bytes, in memory; raises `Problem` for a bomb or a broken archive."""
-    unpacked, size, target = 0, os.fstat(descriptor).st_size, os.memfd_create("unpacked")
-    for part in UNPACKERS[packing](blocks(descriptor)):
+    target = os.memfd_create("unpacked")
+    try:
+        _write(target, UNPACKERS[packing](blocks(descriptor)), bytes_max, os.fstat(descriptor).st_size)
+    except BaseException:
+        os.close(target)
+        raise
+    return target
+
+
+def _write(target: int, parts: Iterator[bytes], bytes_max: int, packed_bytes: int) -> None:
+    unpacked = 0
+    for part in parts:
         unpacked += len(part)
         if unpacked > bytes_max:
             raise Problem("too_large", f"unpacks to more than watch.file_bytes_max = {bytes_max} bytes: split the file")
-        if unpacked > SLACK_BYTES + RATIO_MAX * size:
+        if unpacked > SLACK_BYTES + RATIO_MAX * packed_bytes:
             raise Problem("bomb", f"unpacks to more than {RATIO_MAX} times its size")
         os.write(target, part)
-    return target
 
 
 def _gunzip(source: Iterator[bytes]) -> Iterator[bytes]:

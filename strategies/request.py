@@ -50,7 +50,7 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Stop after so many epochs without a lower loss on the new hold-out (0: never)."""
     early_stop_new_loss: NotNegative = 0.0
     """An epoch counts as one with a lower loss while that is above the lowest by less than this (nats per token), and
-    the latest such weights are kept. Facts that are said once, in one wording, need 1 or 2: held out are others."""
+    the latest such weights are kept. Facts that are said once, in one wording, need about 2: held out are others."""
     early_stop_old_loss: Positive = 0.2
     """Also stop when, past half of the steps, the loss on the old hold-outs has risen by so much (nats per token)."""
     merge_search: bool = False

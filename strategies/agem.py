@@ -1,10 +1,11 @@
-"""Averaged GEM: a step may not raise the average loss on a random batch of memories, to first order.
+"""Averaged GEM: the gradient of a step may not raise the average loss on a random batch of memories.
 
 Chaudhry et al., arXiv:1812.00420:  g~ = g - (g . g_ref / g_ref . g_ref) g_ref  if g . g_ref < 0, else g
 
     g, g_ref: (parameters,); g_ref: gradient of one batch drawn anew at each step from the memories of all past updates
 
-One more forward and backward pass per step and one more vector, whatever the number of past updates.
+One more forward and backward pass per step and one more vector, whatever the number of past updates. GEM's memory
+strength gamma (see `strategies.gem`), which that paper leaves out, is put in: g + gamma g_ref is what is projected.
 """
 
 from collections.abc import Mapping
@@ -18,13 +19,14 @@ from strategies.ewc import drawn
 from strategies.learner import JsonNotes, Learner, Loop
 
 
-def project(g: Tensor, reference: Tensor) -> Tensor | None:
-    """The closest gradient (parameters,) to g that does not harm the reference; None where g does not."""
+def project(g: Tensor, reference: Tensor, strength: float = 0.0) -> Tensor | None:
+    """The closest gradient (parameters,) to g + strength x reference that does no harm to it; None: g is that."""
     harm = torch.dot(g, reference)
     square = torch.dot(reference, reference)
-    if harm >= 0 or square == 0:
+    if square == 0:
         return None
-    return g - (harm / square) * reference
+    needed = float(-harm / square)
+    return g + max(needed, strength) * reference if max(needed, strength) > 0 else None
 
 
 class AveragedGem(Learner, supports_distributed=True):
@@ -52,11 +54,11 @@ class AveragedGem(Learner, supports_distributed=True):
         self.reference = strategy.gradient_of(batch) if batch else None
 
     def after_backward(self, strategy: Loop, *_: Any, **__: Any) -> None:
-        """Remove the component of the gradient that would raise the loss on that batch."""
+        """Remove the component of the gradient that would raise the loss on that batch, or go against it."""
         if self.reference is None:
             return
         gradient = strategy.adapter.gradient
-        projected = project(gradient, self.reference)
+        projected = project(gradient, self.reference, self.parameters.strength)
         if projected is not None:
             gradient.copy_(projected)
             self.projections += 1

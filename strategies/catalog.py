@@ -64,8 +64,8 @@ class Gem(msgspec.Struct, frozen=True, tag_field="name", tag="gem", forbid_unkno
     """At most so many past updates constrain the gradient (the most recent, and evenly spaced older ones)."""
     examples: Count = 16
     """Examples of each past update in its reference gradient, drawn anew whenever that is computed."""
-    margin: NotNegative = 0.0
-    """Smallest cosine between the step's gradient and each memory's: above 0 asks for a gain on every past update."""
+    strength: NotNegative = 0.5
+    """The paper's gamma: at least so much of every memory's gradient is in each step. 0: only harm is taken away."""
     refresh_steps: Count = 1
     """Reference gradients are computed anew every so many steps."""
 
@@ -75,6 +75,8 @@ class AGem(msgspec.Struct, frozen=True, tag_field="name", tag="agem", forbid_unk
 
     examples: Count = 16
     """Examples in the reference batch, drawn anew at each step."""
+    strength: NotNegative = 0.5
+    """At least so much of the reference gradient is in each step (GEM's gamma; the paper's A-GEM has 0)."""
 
 
 class Distill(msgspec.Struct, frozen=True, tag_field="name", tag="distill", forbid_unknown_fields=True):

@@ -69,7 +69,8 @@ OF_STRATEGY: dict[str, Bounds] = {
     "distill.strength": Bounds(1e-2, 10.0, log=True),
     "derpp.strength": Bounds(1e-2, 10.0, log=True),
     "olora.strength": Bounds(1e-2, 10.0, log=True),
-    "gem.margin": Bounds(0.0, 0.5),
+    "gem.strength": Bounds(0.0, 2.0),
+    "agem.strength": Bounds(0.0, 2.0),
     "augment.noise": Bounds(0.0, 15.0),
 }
 """Only those of strategies that the model has: a search tunes a method, it does not choose one."""

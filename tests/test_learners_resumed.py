@@ -25,7 +25,7 @@ METHODS: dict[str, list[catalog.Strategy]] = {
         catalog.Augment(noise=1.0),
         catalog.Distill(teacher="previous"),
         catalog.DerPlusPlus(top=5),
-        catalog.Gem(refresh_steps=3, margin=0.01),
+        catalog.Gem(refresh_steps=3, strength=0.01),
         catalog.AGem(examples=3),
     ],
     "slices": [catalog.OLora(slice_rank=2), catalog.Freeze(share=0.5)],

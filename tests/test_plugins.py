@@ -32,7 +32,7 @@ CONFIGURED = {
     "ewc": [catalog.Ewc(strength=0.02, general=0.5)],
     "ewc separate": [catalog.Ewc(mode="separate", strength=0.02)],
     "gem": [catalog.Gem()],
-    "gem, refreshed rarely": [catalog.Gem(refresh_steps=5, margin=0.05)],
+    "gem, refreshed rarely": [catalog.Gem(refresh_steps=5, strength=0.05)],
     "agem": [catalog.AGem(examples=3)],
     "distill": [catalog.Distill(top=5)],
     "distill, previous, all": [catalog.Distill(teacher="previous", on="all", temperature=2.0, top=3)],

@@ -75,7 +75,7 @@ class AGem(msgspec.Struct, frozen=True, tag_field="name", tag="agem", forbid_unk
 
     examples: Count = 16
     """Examples in the reference batch, drawn anew at each step."""
-    strength: NotNegative = 0.5
+    strength: NotNegative = 1.0
     """At least so much of the reference gradient is in each step (GEM's gamma; the paper's A-GEM has 0)."""
 
 

@@ -59,6 +59,7 @@ BY_SENTENCES = Rewrite(rows=2)
 BY_CHUNKS = Rewrite(rows=2, sentences=False, chunks=True)
 BY_PARAPHRASES = Rewrite(rows=1, templates=False, paraphrases=True)
 BY_QUESTIONS = Rewrite(rows=2, sentences=False, questions=True)
+BY_ALL_QUESTIONS = Rewrite(rows=8, sentences=False, questions=True)
 CONTROLS = {
     "as shipped": Control(),
     "weight decay 0": Control({"weight_decay": 0.0}),
@@ -80,6 +81,7 @@ CONTROLS = {
     "prose, `rewrite` sentences": Control(strategies=(BY_SENTENCES,), wordings=3, prose=True),
     "prose, `rewrite` chunks": Control(strategies=(BY_CHUNKS,), wordings=3, prose=True),
     "prose, `rewrite` questions": Control(strategies=(BY_QUESTIONS,), wordings=3, prose=True, is_taught=True),
+    "prose, 8 questions, 12 epochs": Control(strategies=(BY_ALL_QUESTIONS,), prose=True, is_taught=True),
 }
 
 

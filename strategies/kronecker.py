@@ -2,11 +2,19 @@
 
     lambda/2 sum_layers c sum_ij g_i a_j (dW - dW*)_ij^2      (Kirkpatrick et al., arXiv:1612.00796)
 
-    a: (inputs,) E[x_j^2]   g: (outputs,) E[(dL/dy_i)^2], both scaled to mean 1   c: the layer's mean importance
+    a: (inputs,)   g: (outputs,), both scaled to mean 1   c: the layer's mean importance
 
-The Fisher information of W_ij is E[(dL/dy_i x_j)^2], taken as E[(dL/dy_i)^2] E[x_j^2]: the diagonal of the Kronecker
-factors of K-FAC (Martens & Grosse, arXiv:1503.05671). dW - dW* is never formed. With U = [B - B*, B*] (outputs, 2 rank)
-and V = [A; A - A*] (2 rank, inputs) it is s U V, so
+The Fisher information of W_ij is F_ij = sum_t (dL/dy_ti x_tj)^2 over the tokens t of an example, taken as independent;
+c g a^T is the rank-one matrix with its row and column sums, the closest one in generalised KL (Shazeer & Stern,
+arXiv:1804.04235, for Adafactor):
+
+    a ~ sum_t x_tj^2 |dL/dy_t|^2     g ~ sum_t (dL/dy_ti)^2 |x_t|^2     mean of F = sum_t |dL/dy_t|^2 |x_t|^2 / (in out)
+
+K-FAC's diagonal (Martens & Grosse, arXiv:1503.05671) is E[x_j^2] E[(dL/dy_i)^2]; it takes inputs and gradients as
+independent too, which language models are not: the first token has inputs thousands of times larger than others and
+hardly a gradient, and one layer got 96 % of all importance for it.
+
+dW - dW* is never formed. With U = [B - B*, B*] (outputs, 2 rank) and V = [A; A - A*] (2 rank, inputs) it is s U V, so
 
     sum_ij g_i a_j (U V)_ij^2 = tr((U^T G U) (V D V^T)),   G = diag(g), D = diag(a)
 
@@ -16,8 +24,7 @@ in O(rank^2 (inputs + outputs)) time and O(inputs + outputs) memory beside the a
 - it holds from the first update: at B = 0 the gradient of A is 0, but the importance of dW is not.
 
 Several updates: the importance decays and adds up as in online EWC. A sum of rank-one matrices c g a^T has rank two;
-kept is the rank-one matrix with the same row and column sums, the closest one in generalised KL (Shazeer & Stern,
-arXiv:1804.04235, for Adafactor).
+kept is again the rank-one matrix with the same row and column sums.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,9 +55,9 @@ class Factors:
 
 
 def factors(a: Tensor, g: Tensor) -> Factors:
-    """E[x^2] (inputs,) and E[(dL/dy)^2] (outputs,) -> mean-one factors; a layer without gradient gets c = 0."""
+    """Column sums (inputs,) and row sums (outputs,) of F -> mean-one factors; a layer without gradient gets c = 0."""
     mean_a, mean_g = float(a.mean()), float(g.mean())
-    return Factors(a / (mean_a or 1.0), g / (mean_g or 1.0), mean_a * mean_g)
+    return Factors(a / (mean_a or 1.0), g / (mean_g or 1.0), mean_a / len(g))
 
 
 def merged(past: Factors, new: Factors, decay: float) -> Factors:
@@ -104,13 +111,12 @@ def layers_of(adapter: Parameters) -> list[Layer]:
 
 
 class Moments:
-    """Collects E[x^2] and E[(dL/dy)^2] of layers while gradients are computed."""
+    """Collects the row and column sums of layers' Fisher information while gradients are computed."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = layers
         self.inputs = [torch.zeros(layer.A.shape[1], device=layer.A.device) for layer in layers]
         self.outputs = [torch.zeros(layer.B.shape[0], device=layer.B.device) for layer in layers]
-        self.tokens = 0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -124,24 +130,21 @@ class Moments:
 
     def _hook(self, place: int) -> Any:
         def see(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x = inputs[0].detach().flatten(0, -2).float()
-            self.inputs[place] += x.square().sum(0)
-            self.tokens += len(x) if place == 0 else 0
             if output.requires_grad:
-                output.register_hook(backward)
-
-        def backward(gradient: Tensor) -> None:
-            self.outputs[place] += gradient.flatten(0, -2).float().square().sum(0)
+                x = inputs[0].detach().flatten(0, -2)
+                output.register_hook(lambda gradient: self._add(place, x.float(), gradient.flatten(0, -2).float()))
 
         return see
 
-    def factors(self, examples: int) -> list[Factors]:
-        """Mean over tokens of x^2, and mean over examples of the sum over tokens of (dL/dy)^2.
+    def _add(self, place: int, x: Tensor, gradient: Tensor) -> None:
+        """x: (tokens, inputs), gradient: (tokens, outputs)"""
+        inputs, outputs = x.square(), gradient.square()
+        self.inputs[place] += outputs.sum(1) @ inputs
+        self.outputs[place] += inputs.sum(1) @ outputs
 
-        An example's gradient of W sums over its tokens; taken as independent, its square has the sum of their squares.
-        """
-        tokens = max(self.tokens, 1)
-        return [factors(a / tokens, g / examples) for a, g in zip(self.inputs, self.outputs, strict=True)]
+    def factors(self, examples: int) -> list[Factors]:
+        """Means over examples."""
+        return [factors(a / examples, g / examples) for a, g in zip(self.inputs, self.outputs, strict=True)]
 
 
 def normalised(importances: Sequence[Factors]) -> list[Factors]:

@@ -80,9 +80,10 @@ def test_the_penalty_does_not_depend_on_the_factorisation(matrices: Iterator[Ten
 def test_merging_keeps_row_and_column_sums() -> None:
     """The merged rank-one importance has the marginal sums of the exact rank-two sum, decay included."""
     draw = torch.Generator().manual_seed(3)
-    past, new = (factors(torch.rand(7, generator=draw), torch.rand(5, generator=draw)) for _ in range(2))
+    matrices = [torch.rand(5, 7, generator=draw) for _ in range(2)]
+    past, new = (factors(matrix.sum(0), matrix.sum(1)) for matrix in matrices)
     both = merged(past, new, 0.5)
-    exact = 0.5 * past.c * past.g[:, None] * past.a + new.c * new.g[:, None] * new.a
+    exact = 0.5 * matrices[0] + matrices[1]
     kept = both.c * both.g[:, None] * both.a
     torch.testing.assert_close(kept.sum(0), exact.sum(0))
     torch.testing.assert_close(kept.sum(1), exact.sum(1))
@@ -90,14 +91,25 @@ def test_merging_keeps_row_and_column_sums() -> None:
 
 def test_importances_of_nothing_are_zero() -> None:
     """A layer that no gradient reaches is free; so is a model without any gradient."""
-    (only,) = normalised([factors(torch.ones(4), torch.zeros(3))])
+    (only,) = normalised([factors(torch.zeros(4), torch.zeros(3))])
     assert only.c == 0
     assert merged(only, only, 0.5).c == 0
     assert only.g.isfinite().all()
 
 
-def test_factors_are_the_moments_of_inputs_and_output_gradients(loop: Template, adapter: Adapter) -> None:
-    """For every layer: mean of x^2 over tokens, mean over examples of the tokens' summed (dL/dy)^2, by autograd."""
+def test_a_token_without_gradient_counts_for_nothing(loop: Template) -> None:
+    """However large its inputs are: the first token's are thousands of times those of others, and nothing is lost on it."""
+    moments = Moments(layers_of(loop.adapter))
+    x, gradient = torch.ones(3, len(moments.inputs[0])), torch.ones(3, len(moments.outputs[0]))
+    x[0], gradient[0] = 1e4, 0.0
+    moments._add(0, x, gradient)
+    found = moments.factors(1)[0]
+    assert found.c == pytest.approx(2.0)
+    torch.testing.assert_close(found.a, torch.ones_like(found.a))
+
+
+def test_factors_have_the_row_and_column_sums_of_the_tokens_fisher(loop: Template, adapter: Adapter) -> None:
+    """For every layer: sums of the dense mean over examples of sum_t (dL/dy_ti x_tj)^2, by autograd."""
     layers = layers_of(adapter)
     moments = Moments(layers)
     with moments.watching():
@@ -119,11 +131,11 @@ def test_factors_are_the_moments_of_inputs_and_output_gradients(loop: Template, 
     for hook in hooks:
         hook.remove()
     for place, importance in enumerate(found):
-        a = torch.cat(inputs[place]).square().mean(0).detach()
-        g = torch.stack([y.grad[0].square().sum(0) for y in outputs[place]]).mean(0)
-        torch.testing.assert_close(importance.a * a.mean(), a, rtol=1e-4, atol=1e-7)
-        torch.testing.assert_close(importance.g, g / g.mean(), rtol=1e-3, atol=1e-5)
-        assert importance.c == pytest.approx(float(a.mean() * g.mean()), rel=1e-3)
+        pairs = zip(inputs[place], outputs[place], strict=True)
+        dense = torch.stack([y.grad[0].square().T @ x.detach().square() for x, y in pairs]).mean(0)
+        kept = importance.c * importance.g[:, None] * importance.a
+        torch.testing.assert_close(kept.sum(0), dense.sum(0), rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(kept.sum(1), dense.sum(1), rtol=1e-3, atol=1e-7)
 
 
 def test_importances_follow_the_exact_per_example_ones(loop: Template, adapter: Adapter) -> None:

@@ -98,7 +98,7 @@ def test_importances_of_nothing_are_zero() -> None:
 
 
 def test_a_token_without_gradient_counts_for_nothing(loop: Template) -> None:
-    """However large its inputs are: the first token's are thousands of times those of others, and nothing is lost on it."""
+    """However large its inputs are: the first token has some thousands of times those of the others."""
     moments = Moments(layers_of(loop.adapter))
     x, gradient = torch.ones(3, len(moments.inputs[0])), torch.ones(3, len(moments.outputs[0]))
     x[0], gradient[0] = 1e4, 0.0

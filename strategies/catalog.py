@@ -45,7 +45,7 @@ class Ewc(msgspec.Struct, frozen=True, tag_field="name", tag="ewc", forbid_unkno
 class Kronecker(msgspec.Struct, frozen=True, tag_field="name", tag="kronecker", forbid_unknown_fields=True):
     """EWC on dW = s B A instead of A and B, with the diagonal of the Kronecker factors (K-FAC, arXiv:1503.05671)."""
 
-    strength: NotNegative = 1.0
+    strength: NotNegative = 0.1
     """lambda of L + lambda/2 sum_ij c g_i a_j (dW - dW*)_ij^2 over all layers."""
     decay: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.95
     """Weight of the importances so far when an update's are added."""
@@ -121,7 +121,7 @@ class SynapticIntelligence(msgspec.Struct, frozen=True, tag_field="name", tag="s
 class MemoryAwareSynapses(msgspec.Struct, frozen=True, tag_field="name", tag="mas", forbid_unknown_fields=True):
     """Importances from the sensitivity of the output (Aljundi et al., arXiv:1711.09601): no labels needed."""
 
-    strength: NotNegative = 1.0
+    strength: NotNegative = 0.1
     """lambda of L + lambda/2 sum_i Omega_i (theta_i - theta*_i)^2, with Omega scaled to mean 1 per update."""
     decay: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.95
     """Weight of the importances so far when an update's are added."""

@@ -43,7 +43,7 @@ class Ewc(msgspec.Struct, frozen=True, tag_field="name", tag="ewc", forbid_unkno
 
 
 class Kronecker(msgspec.Struct, frozen=True, tag_field="name", tag="kronecker", forbid_unknown_fields=True):
-    """EWC on dW = s B A instead of A and B, with the diagonal of the Kronecker factors (K-FAC, arXiv:1503.05671)."""
+    """EWC on dW = s B A instead of A and B; importances as inputs x outputs (as K-FAC's diagonal, arXiv:1503.05671)."""
 
     strength: NotNegative = 0.1
     """lambda of L + lambda/2 sum_ij c g_i a_j (dW - dW*)_ij^2 over all layers."""

@@ -71,6 +71,8 @@ def _active_set(K: Tensor, q: Tensor, scale: float) -> Tensor:
         if violation[entering] <= TOLERANCE * scale:
             return v
         if _independence(K, active, entering) < DEPENDENT:
+            if violation[entering] > 10 * DEPENDENT**0.5 * scale:
+                raise ArithmeticError("GEM: no step meets all constraints: is the slack that of these memories?")
             passed[entering] = True
             continue
         active[entering] = True

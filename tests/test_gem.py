@@ -54,8 +54,9 @@ def test_projection_is_the_closest_feasible_gradient(seed: int, constraints: int
     kinds=st.lists(
         st.sampled_from(["new", "same", "nearly", "opposite", "zero", "sum", "tiny", "huge", "hair"]), max_size=7
     ),
+    strength=st.sampled_from([0.0, 0.5]),
 )
-def test_adversarial_memories(seed: int, kinds: list[str]) -> None:
+def test_adversarial_memories(seed: int, kinds: list[str], strength: float) -> None:
     """Duplicated, nearly equal, opposite, empty, dependent and badly scaled memories are all met, optimally (KKT)."""
     generator = torch.Generator().manual_seed(seed)
     first = torch.randn(12, generator=generator, dtype=torch.float64)
@@ -69,7 +70,7 @@ def test_adversarial_memories(seed: int, kinds: list[str]) -> None:
         }  # fmt: skip
         rows.append(choices[kind])
     memories = torch.stack(rows)
-    g = torch.randn(12, generator=generator, dtype=torch.float64)
+    g = torch.randn(12, generator=generator, dtype=torch.float64) + strength * memories.sum(0)
     gram, slack, scale = dots(memories, memories), dots(memories, g[None])[:, 0], float(g.norm())
     v = multipliers(gram, slack, scale)
     z = g + v @ memories

@@ -150,6 +150,14 @@ class Watched:
                 self.restart()
                 self._seen = now
 
+    def settled(self, starts: int) -> int:
+        """Wait for the end of so many starts: an adapter is answered for a moment before its start has ended here."""
+        deadline = time.monotonic() + 60
+        while self.starts < starts:
+            assert time.monotonic() < deadline, f"{self.starts} starts"
+            time.sleep(0.01)
+        return self.starts
+
     def restart(self) -> None:
         """Stop if it runs, and start. b10434 does not hear a SIGTERM in its first moments: then it is killed."""
         if self.starts:

@@ -58,10 +58,9 @@ def text_of(cells: Sequence[Cell], facts: int, epochs: int) -> str:
         "# Controls against overfitting",
         "",
         f"One update of {facts} invented facts, each in a single wording, {epochs} epochs' worth of rows whatever the"
-        f" control makes of them (but where a control names its epochs), no replay; {_of(seeds)}. Recall and loss are on"
-        " questions worded like none of the trained ones (loss in nats per token of the answers), drift on general text."
-        " The teacher of `paraphrases` and"
-        " `questions` knows the lore: one that is always right.",
+        f" control makes of them (but where a control names its epochs), no replay; {_of(seeds)}. Recall and loss are"
+        " on questions worded like none of the trained ones (loss in nats per token of the answers), drift on general"
+        " text. The teacher of `paraphrases` and `questions` knows the lore: one that is always right.",
         "",
         "| control | " + " | ".join(COLUMNS) + " |",
         "| --- |" + " ---: |" * len(COLUMNS),

@@ -261,6 +261,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """See the module's text."""
     given = parser().parse_args(arguments)
+    unknown = [name for name in given.parts.split(",") if name not in PARTS]
+    if unknown:
+        parser().error(f"--parts: there is no {', '.join(unknown)}; there are {', '.join(PARTS)}")
     rounds = 1 if given.quick else given.rounds
     bench = Bench(given.base.absolute(), given.general, rounds, given.quick, given.json, given.minutes)
     if given.add and given.json and given.json.exists():

@@ -10,7 +10,11 @@ from html import escape
 COLOURS = ("#3366cc", "#dc3912", "#109618", "#990099", "#ff9900", "#0099c6", "#dd4477", "#66aa00", "#b82e2e")
 CELL, MARGIN, GAP = 44, 76, 26
 """Side of a heat map's cell, room for its row names, space between two maps; pixels, as everything here."""
+PER_LINE = 6
+"""Heat maps, and names of a legend's column: more side by side would be too small to read on a page."""
 WIDTH, HEIGHT = 360, 220
+DASHES = ("", 'stroke-dasharray="7 4"', 'stroke-dasharray="2 3"')
+"""Of lines whose colours begin anew."""
 
 
 def _text(x: float, y: float, words: str, size: int = 11, anchor: str = "middle", extra: str = "") -> str:
@@ -27,15 +31,19 @@ def _svg(width: float, height: float, parts: Sequence[str]) -> str:
 def heat_maps(maps: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[str], columns: Sequence[str]) -> str:
     """One map per name, side by side; values from 0 to 1, shown in percent."""
     parts: list[str] = []
+    wide, high = CELL * len(columns) + GAP, 30 + CELL * len(rows) + 70
     for place, (name, values) in enumerate(maps.items()):
-        left = MARGIN + place * (CELL * len(columns) + GAP)
-        parts.append(_text(left + CELL * len(columns) / 2, 18, name, 13, extra='font-weight="bold"'))
+        left, top = MARGIN + place % PER_LINE * wide, place // PER_LINE * high
+        parts.append(_text(left + CELL * len(columns) / 2, top + 18, name, 13, extra='font-weight="bold"'))
         parts += [
-            _cell(left + CELL * j, 30 + CELL * i, value) for i, row in enumerate(values) for j, value in enumerate(row)
-        ]
-        parts += [_slanted(left + CELL * (j + 0.5), 44 + CELL * len(rows), column) for j, column in enumerate(columns)]
-    parts += [_text(MARGIN - 6, 34 + CELL * (i + 0.5), row, anchor="end") for i, row in enumerate(rows)]
-    return _svg(MARGIN + len(maps) * (CELL * len(columns) + GAP), 30 + CELL * len(rows) + 70, parts)
+            _cell(left + CELL * j, top + 30 + CELL * i, value)
+            for i, row in enumerate(values) for j, value in enumerate(row)
+        ]  # fmt: skip
+        under = top + 44 + CELL * len(rows)
+        parts += [_slanted(left + CELL * (j + 0.5), under, column) for j, column in enumerate(columns)]
+        if place % PER_LINE == 0:
+            parts += [_text(MARGIN - 6, top + 34 + CELL * (i + 0.5), row, anchor="end") for i, row in enumerate(rows)]
+    return _svg(MARGIN + min(len(maps), PER_LINE) * wide, -(-len(maps) // PER_LINE) * high, parts)
 
 
 def _cell(x: float, y: float, value: float) -> str:
@@ -57,13 +65,19 @@ def curves(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     names = list(next(iter(panels.values())))
     below = HEIGHT + 74
     for place, name in enumerate(names):
-        parts.append(f'<rect x="50" y="{below + 18 * place}" width="14" height="4" fill="{_colour(place)}"/>')
-        parts.append(_text(70, below + 6 + 18 * place, name, anchor="start"))
-    return _svg(len(panels) * (WIDTH + 60) + 20, below + 18 * len(names) + 8, parts)
+        x, y = 50 + 150 * (place // PER_LINE), below + 18 * (place % PER_LINE)
+        parts.append(f'<path d="M{x} {y + 2} h24" {_stroke(place)}/>')
+        parts.append(_text(x + 30, y + 6, name, anchor="start"))
+    return _svg(len(panels) * (WIDTH + 60) + 20, below + 18 * min(len(names), PER_LINE) + 8, parts)
 
 
 def _colour(place: int) -> str:
     return COLOURS[place % len(COLOURS)]
+
+
+def _stroke(place: int) -> str:
+    again = DASHES[place // len(COLOURS) % len(DASHES)]
+    return f'fill="none" stroke="{_colour(place)}" stroke-width="2" {again}'
 
 
 def _panel(left: float, name: str, series: Mapping[str, Sequence[float]]) -> list[str]:
@@ -78,7 +92,7 @@ def _panel(left: float, name: str, series: Mapping[str, Sequence[float]]) -> lis
     parts += [_text(left - 6, at(0, share * top)[1] + 4, f"{share * top:.3g}", 10, "end") for share in (0, 0.5, 1)]
     for place, values in enumerate(series.values()):
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(update, value) for update, value in enumerate(values)))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{_colour(place)}" stroke-width="2"/>')
+        parts.append(f'<polyline points="{points}" {_stroke(place)}/>')
     return parts
 
 

@@ -237,6 +237,18 @@ def test_pictures_are_drawings_of_the_numbers() -> None:
     assert heights[0][1] > heights[0][0] > heights[1][1]  # y points down
 
 
+def test_many_strategies_stay_legible() -> None:
+    """The seventh map begins a new line of maps, and a line whose colour was there before is dashed."""
+    names = [f"s{number}" for number in range(10)]
+    drawn = ElementTree.fromstring(heat_maps({name: [[0.5]] for name in names}, ["x"], ["x"]))
+    at = {text.text: (float(text.attrib["x"]), float(text.attrib["y"])) for text in drawn.iter(f"{SVG}text")}
+    assert at["s6"][0] == at["s0"][0] and at["s6"][1] > at["s5"][1] == at["s0"][1]
+    assert max(y for _, y in at.values()) < float(drawn.attrib["height"])
+    drawn = ElementTree.fromstring(curves({"ACC": {name: [1.0, 0.5] for name in names}}))
+    looks = [(line.attrib["stroke"], line.get("stroke-dasharray")) for line in drawn.iter(f"{SVG}polyline")]
+    assert looks[0][0] == looks[9][0] and len(set(looks)) == 10
+
+
 def test_three_seeds_get_an_interval(tmp_path: Path) -> None:
     """One or two do not."""
     from msgspec.structs import replace as changed

@@ -54,7 +54,7 @@ class AveragedGem(Learner, supports_distributed=True):
         self.reference = strategy.gradient_of(batch) if batch else None
 
     def after_backward(self, strategy: Loop, *_: Any, **__: Any) -> None:
-        """Remove the component of the gradient that would raise the loss on that batch, or go against it."""
+        """Add as much of the reference as the strength asks for, or more where less would raise the loss on it."""
         if self.reference is None:
             return
         gradient = strategy.adapter.gradient

@@ -11,8 +11,8 @@ more than the constraints x constraints Gram matrix, so its size does not grow w
 need only their dot products reduced.
 
 gamma is the paper's memory strength (section 3): with 0 the constraints alone hold. They are of first order, and that
-is little where something was memorised: its gradient is nearly 0, so hardly a step violates the constraint, and what
-forgets is the curvature. Above 0 every step also goes towards the memories, which repairs what it did.
+is little where something was memorised: near its minimum a loss rises with the square of the step, which no constraint
+sees. Above 0 every step also goes towards the memories, which repairs what it did.
 """
 
 from collections.abc import Mapping, Sequence
@@ -191,7 +191,7 @@ class GradientEpisodicMemory(Learner, supports_distributed=True):
         self.gram = None
 
     def after_backward(self, strategy: Loop, *_: Any, **__: Any) -> None:
-        """Replace the gradient by the closest one that harms no memory, or helps them all."""
+        """Add as much of every memory's gradient as the strength asks for, and what else keeps all from harm."""
         if self.G is None:
             return
         gradient = strategy.adapter.gradient
